@@ -1,0 +1,1 @@
+"""What a serving graph can say: one dialect a file."""

@@ -1,0 +1,314 @@
+"""The cluster dialect: models, devices, links, and the engine instances that run on them.
+
+All are symbols of the module; graphs name instances, instances name devices and a model.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from xdsl.dialects.builtin import ArrayAttr, StringAttr, SymbolNameConstraint, SymbolRefAttr
+from xdsl.ir import Attribute, Dialect
+from xdsl.irdl import (
+    IRDLOperation,
+    irdl_op_definition,
+    opt_prop_def,
+    prop_def,
+    traits_def,
+)
+from xdsl.parser import Parser
+from xdsl.printer import Printer
+from xdsl.traits import SymbolOpInterface
+from xdsl.utils.exceptions import VerifyException
+
+from sagec.dialects.rows import symbol
+from sagec.dialects.scalars import (
+    Scalar,
+    Scalars,
+    Value,
+    declares,
+    parse_scalars,
+    print_scalars,
+    properties_of,
+    scalar_of,
+    verify_scalars,
+)
+
+ROLES = ("prefill", "decode", "both")
+DTYPES = ("f32", "f16", "bf16", "fp8")
+KV_DTYPES = ("auto", *DTYPES, "int8", "int4")
+
+MODEL_SCALARS: Scalars = (
+    Scalar("layers", "transformer layers", 0, required=True, least=1),
+    Scalar("hidden", "width of the residual stream", 0, required=True, least=1),
+    Scalar("heads", "query heads", 0, required=True, least=1),
+    Scalar("kv_heads", "key and value heads", 0, required=True, least=1),
+    Scalar("head_dim", "width of a head", 0, required=True, least=1),
+    Scalar("ffn", "width of the feed-forward layer", 0, required=True, least=1),
+    Scalar("vocab", "tokens in the vocabulary", 0, required=True, least=1),
+    Scalar("dtype", "type of the weights", "bf16", choices=DTYPES),
+    Scalar("max_context", "tokens of prompt and output together", 131072, least=1),
+    Scalar("experts", "experts a layer; 0 where the model is dense", 0),
+    Scalar("experts_per_token", "experts that compute a token", 0),
+    Scalar("tied", "1 where the embedding is also the output head", 0),
+    Scalar("path", "folder of the checkpoint", ""),
+)
+
+DEVICE_SCALARS: Scalars = (
+    Scalar("kind", "what it is: cpu, h200, a100, ...", "cpu"),
+    Scalar("memory_bytes", "memory for weights and KV", 16 << 30, least=1),
+    Scalar("flops_per_s", "arithmetic in the weights' type", 1e12, least=1),
+    Scalar("bytes_per_s", "memory bandwidth", 2e10, least=1),
+)
+
+LINK_SCALARS: Scalars = (
+    Scalar("bytes_per_s", "bandwidth in each direction", 1e10, least=1),
+    Scalar("latency_us", "time before the first byte arrives", 10.0),
+)
+
+INSTANCE_SCALARS: Scalars = (
+    Scalar("tp", "tensor parallel ranks", 1, least=1),
+    Scalar("pp", "pipeline stages", 1, least=1),
+    Scalar("kv_blocks", "blocks of the KV cache", 0, required=True, least=1),
+    Scalar("block_tokens", "tokens in a block", 16, least=1),
+    Scalar("kv_dtype", "type of the KV; auto is the model's", "auto", choices=KV_DTYPES),
+    Scalar("kv_layout", "order of the KV in memory, as the engine names it", "default"),
+    Scalar("max_step_tokens", "token budget of a step", 512, least=1),
+    Scalar("max_batch", "requests in a step", 256, least=1),
+    Scalar("max_partial_prefills", "prompts a step may leave unfinished; 0: any", 0),
+    Scalar("quantization", "of the weights", "none"),
+    Scalar("draft_layers", "layers of a draft model whose KV lies beside the model's", 0),
+    Scalar("draft_tokens", "tokens a step drafts (speculative decoding)", 0),
+    Scalar("dtype", "type the engine computes in; auto is the model's", "auto"),
+)
+
+
+class _Symbol(IRDLOperation):
+    """An op with a name and scalars; subclasses print what stands between."""
+
+    SCALARS: ClassVar[Scalars]
+
+    @property
+    def symbol(self) -> str:
+        """The op's symbol without the @."""
+        name = self.properties["sym_name"]
+        assert isinstance(name, StringAttr)
+        return name.data
+
+    def verify_(self) -> None:
+        verify_scalars(self, self.SCALARS)
+
+    def scalar(self, name: str) -> Value:
+        """What the op says of `name`, or its default; see `SCALARS`."""
+        default = next(s.default for s in self.SCALARS if s.name == name)
+        return scalar_of(self, name, default)
+
+
+class _LikeSymbol(_Symbol):
+    """`@g1 like @g0 {...}`: what the op does not say, the other op of its kind says."""
+
+    def verify_(self) -> None:
+        if "like" not in self.properties:
+            return super().verify_()
+        optional = tuple(
+            Scalar(s.name, s.doc, s.default, least=s.least, choices=s.choices) for s in self.SCALARS
+        )
+        return verify_scalars(self, optional)
+
+    def print(self, printer: Printer) -> None:
+        printer.print_string(f" {symbol(self.symbol)}")
+        if isinstance(like := self.properties.get("like"), SymbolRefAttr):
+            printer.print_string(f" like {symbol(like.root_reference.data)}")
+        print_scalars(printer, self, self.SCALARS)
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        properties: dict[str, Attribute] = {"sym_name": parser.parse_symbol_name()}
+        if parser.parse_optional_keyword("like"):
+            properties["like"] = SymbolRefAttr(parser.parse_symbol_name())
+        return cls.create(properties=properties | parse_scalars(parser, cls.SCALARS))
+
+    @classmethod
+    def named(cls, name: str, like: str | None = None, **values: Value | None) -> Self:
+        """The op `@name`, with scalars by name."""
+        properties: dict[str, Attribute] = {"sym_name": StringAttr(name)}
+        if like is not None:
+            properties["like"] = SymbolRefAttr(like)
+        return cls.create(properties=properties | properties_of(values, cls.SCALARS))
+
+
+@irdl_op_definition
+@declares(MODEL_SCALARS)
+class ModelOp(_LikeSymbol):
+    """A model's shape, which decides its memory, its KV and its time.
+
+    `cluster.model @tiny {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, ...}`
+    """
+
+    name = "cluster.model"
+    SCALARS: ClassVar[Scalars] = MODEL_SCALARS
+    sym_name = prop_def(StringAttr)
+    like = opt_prop_def(SymbolRefAttr)
+    traits = traits_def(SymbolOpInterface())
+
+    def verify_(self) -> None:
+        super().verify_()
+        heads, kv_heads = self.scalar("heads"), self.scalar("kv_heads")
+        if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads and heads % kv_heads:
+            raise VerifyException(
+                f"cluster.model: {heads} heads do not share {kv_heads} kv_heads evenly; "
+                "kv_heads must divide heads"
+            )
+
+
+@irdl_op_definition
+@declares(DEVICE_SCALARS)
+class DeviceOp(_LikeSymbol):
+    """A piece of hardware that holds weights and KV and computes: `cluster.device @g1 like @g0`"""
+
+    name = "cluster.device"
+    SCALARS: ClassVar[Scalars] = DEVICE_SCALARS
+    sym_name = prop_def(StringAttr)
+    like = opt_prop_def(SymbolRefAttr)
+    traits = traits_def(SymbolOpInterface())
+
+
+@irdl_op_definition
+class SwitchOp(IRDLOperation):
+    """A place where links meet and nothing computes: `cluster.switch @nvs0`"""
+
+    name = "cluster.switch"
+    sym_name = prop_def(SymbolNameConstraint())
+    traits = traits_def(SymbolOpInterface())
+    assembly_format = "$sym_name attr-dict"
+
+
+@irdl_op_definition
+@declares(LINK_SCALARS)
+class LinkOp(IRDLOperation):
+    """A connection, in both directions, between two devices or switches.
+
+    `cluster.link @g0 to @g1 {bytes_per_s = 4.5e11, latency_us = 2.0}`
+    """
+
+    name = "cluster.link"
+    SCALARS: ClassVar[Scalars] = LINK_SCALARS
+    source = prop_def(SymbolRefAttr)
+    target = prop_def(SymbolRefAttr)
+
+    def verify_(self) -> None:
+        verify_scalars(self, self.SCALARS)
+        if self.source == self.target:
+            raise VerifyException(
+                f"cluster.link: both ends are {symbol(self.source.root_reference.data)}; name two"
+            )
+
+    def scalar(self, name: str) -> Value:
+        """What the op says of `name`, or its default."""
+        return scalar_of(self, name, next(s.default for s in self.SCALARS if s.name == name))
+
+    def print(self, printer: Printer) -> None:
+        source, target = self.source.root_reference.data, self.target.root_reference.data
+        printer.print_string(f" {symbol(source)} to {symbol(target)}")
+        print_scalars(printer, self, self.SCALARS)
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        source = SymbolRefAttr(parser.parse_symbol_name())
+        parser.parse_keyword("to")
+        target = SymbolRefAttr(parser.parse_symbol_name())
+        ends: dict[str, Attribute] = {"source": source, "target": target}
+        return cls.create(properties=ends | parse_scalars(parser, cls.SCALARS))
+
+    @classmethod
+    def between(cls, source: str, target: str, **values: Value | None) -> Self:
+        """The link `@source to @target`, with scalars by name."""
+        ends: dict[str, Attribute] = {
+            "source": SymbolRefAttr(source),
+            "target": SymbolRefAttr(target),
+        }
+        return cls.create(properties=ends | properties_of(values, cls.SCALARS))
+
+
+@irdl_op_definition
+@declares(INSTANCE_SCALARS)
+class InstanceOp(_Symbol):
+    """A running copy of an engine with a model, on devices, for a phase or both.
+
+    `cluster.instance @p0 on [@g0] engine "torch" role prefill model @tiny {kv_blocks = 4000}`
+    """
+
+    name = "cluster.instance"
+    SCALARS: ClassVar[Scalars] = INSTANCE_SCALARS
+    sym_name = prop_def(StringAttr)
+    devices = prop_def(ArrayAttr[SymbolRefAttr])
+    engine = prop_def(StringAttr)
+    role = prop_def(StringAttr)
+    model = prop_def(SymbolRefAttr)
+    traits = traits_def(SymbolOpInterface())
+
+    def verify_(self) -> None:
+        super().verify_()
+        if self.role.data not in ROLES:
+            raise VerifyException(
+                f"cluster.instance: role '{self.role.data}'; one of: {', '.join(ROLES)}"
+            )
+        ranks = self.scalar("tp"), self.scalar("pp")
+        if not self.devices.data or len(self.devices.data) != ranks[0] * ranks[1]:  # type: ignore[operator]
+            raise VerifyException(
+                f"cluster.instance: tp {ranks[0]} x pp {ranks[1]} on {len(self.devices.data)} "
+                "devices; one a rank"
+            )
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        return tuple(device.root_reference.data for device in self.devices.data)
+
+    def print(self, printer: Printer) -> None:
+        devices = ", ".join(map(symbol, self.device_names))
+        printer.print_string(f" {symbol(self.symbol)} on [{devices}] engine ")
+        printer.print_string_literal(self.engine.data)
+        printer.print_string(
+            f" role {self.role.data} model {symbol(self.model.root_reference.data)}"
+        )
+        print_scalars(printer, self, self.SCALARS)
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        name = parser.parse_symbol_name().data
+        parser.parse_keyword("on")
+        devices = parser.parse_comma_separated_list(
+            parser.Delimiter.SQUARE, lambda: parser.parse_symbol_name().data, " in devices"
+        )
+        parser.parse_keyword("engine")
+        engine = parser.parse_str_literal(" for the engine")
+        parser.parse_keyword("role")
+        role = parser.parse_keyword_in(ROLES, f"a role ({', '.join(ROLES)}) expected")
+        parser.parse_keyword("model")
+        model = parser.parse_symbol_name().data
+        op = cls.of(name, devices, engine, role, model)
+        op.properties |= parse_scalars(parser, cls.SCALARS)
+        return op
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        devices: list[str],
+        engine: str,
+        role: str,
+        model: str,
+        **values: Value | None,
+    ) -> Self:
+        """The instance `@name`, with scalars by name."""
+        properties: dict[str, Attribute] = {
+            "sym_name": StringAttr(name),
+            "devices": ArrayAttr([SymbolRefAttr(device) for device in devices]),
+            "engine": StringAttr(engine),
+            "role": StringAttr(role),
+            "model": SymbolRefAttr(model),
+        }
+        return cls.create(properties=properties | properties_of(values, cls.SCALARS))
+
+
+Cluster = Dialect("cluster", [ModelOp, DeviceOp, SwitchOp, LinkOp, InstanceOp])

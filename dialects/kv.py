@@ -1,0 +1,146 @@
+"""The kv dialect: what happens to KV blocks beside being computed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from xdsl.dialects.builtin import StringAttr, SymbolRefAttr
+from xdsl.ir import Attribute, Dialect
+from xdsl.irdl import IRDLOperation, irdl_op_definition, operand_def, prop_def, result_def
+from xdsl.parser import Parser
+from xdsl.printer import Printer
+from xdsl.utils.exceptions import VerifyException
+
+from sagec.dialects.columns import ColumnAttr
+from sagec.dialects.pd import OverOp, TableOp, WaveType
+from sagec.dialects.rows import (
+    Field,
+    Fields,
+    Kind,
+    declares_rows,
+    parse_table,
+    print_table,
+    symbol,
+)
+
+TIERS = ("device", "host", "disk")
+_TIER_EXPECTED = f"one of: {', '.join(TIERS)}"
+
+MATCH_FIELDS: Fields = (
+    Field("tokens", Kind.INT, "leading tokens whose KV the prefix cache has", required=True),
+)
+RESERVE_FIELDS: Fields = (
+    Field("on", Kind.SYMBOL, "instance that keeps the blocks free", required=True, header=True),
+    Field("blocks", Kind.INT, "how many, for the whole horizon", required=True),
+)
+
+
+@irdl_op_definition
+@declares_rows(MATCH_FIELDS)
+class MatchOp(OverOp):
+    """Leading tokens in the prefix cache: `%h = kv.match %w ["a": tokens 512] : !pd.wave<1>`"""
+
+    name = "kv.match"
+    FIELDS: ClassVar[Fields] = MATCH_FIELDS
+    wave = operand_def(WaveType)
+    matched = result_def(WaveType)
+
+    def verify_(self) -> None:
+        super().verify_()
+        self._at_least("tokens", 0, "0 where nothing is found")
+
+
+@irdl_op_definition
+@declares_rows(RESERVE_FIELDS)
+class ReserveOp(TableOp):
+    """Blocks kept for requests on an instance: `kv.reserve on @d0 ["a": blocks 21]`
+
+    A request is named once an instance: with prefill and decode apart, in two ops.
+    """
+
+    name = "kv.reserve"
+    FIELDS: ClassVar[Fields] = RESERVE_FIELDS
+
+    def verify_(self) -> None:
+        super().verify_()
+        self._at_least("blocks", 1, "a request needs at least one block")
+
+    def print(self, printer: Printer) -> None:
+        print_table(printer, self, self.FIELDS)
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        return cls.create(properties=parse_table(parser, cls.FIELDS))
+
+
+class _HashesOp(IRDLOperation):
+    """An op about cached blocks, named by their hashes, on an instance."""
+
+    def _instance(self) -> str:
+        ref = self.properties["instance"]
+        assert isinstance(ref, SymbolRefAttr)
+        return ref.root_reference.data
+
+    def _print_hashes(self, printer: Printer) -> None:
+        printer.print_string(f" {symbol(self._instance())} ")
+        printer.print_attribute(self.properties["hashes"])
+
+    @staticmethod
+    def _parse_hashes(parser: Parser) -> dict[str, Attribute]:
+        instance = SymbolRefAttr(parser.parse_symbol_name())
+        at = parser.pos
+        hashes = parser.parse_attribute()
+        if not isinstance(hashes, ColumnAttr):
+            parser.raise_error(f"expected the blocks' hashes as #pd.column<...>, not {hashes}", at)
+        return {"instance": instance, "hashes": hashes}
+
+
+@irdl_op_definition
+class EvictOp(_HashesOp):
+    """Drop cached blocks: `kv.evict @d0 #pd.column<17, 42>`"""
+
+    name = "kv.evict"
+    instance = prop_def(SymbolRefAttr)
+    hashes = prop_def(ColumnAttr)
+
+    def print(self, printer: Printer) -> None:
+        self._print_hashes(printer)
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        return cls.create(properties=cls._parse_hashes(parser))
+
+
+@irdl_op_definition
+class MigrateOp(_HashesOp):
+    """Move cached blocks between tiers: `kv.migrate @d0 #pd.column<17, 42> from device to host`"""
+
+    name = "kv.migrate"
+    instance = prop_def(SymbolRefAttr)
+    hashes = prop_def(ColumnAttr)
+    source = prop_def(StringAttr)
+    target = prop_def(StringAttr)
+
+    def verify_(self) -> None:
+        ends = self.source.data, self.target.data
+        for tier in ends:
+            if tier not in TIERS:
+                raise VerifyException(f"kv.migrate: no tier '{tier}'; one of: {', '.join(TIERS)}")
+        if ends[0] == ends[1]:
+            raise VerifyException(f"kv.migrate: from {ends[0]} to {ends[1]} moves nothing")
+
+    def print(self, printer: Printer) -> None:
+        self._print_hashes(printer)
+        printer.print_string(f" from {self.source.data} to {self.target.data}")
+
+    @classmethod
+    def parse(cls, parser: Parser) -> Self:
+        properties = cls._parse_hashes(parser)
+        parser.parse_keyword("from")
+        properties["source"] = StringAttr(parser.parse_keyword_in(TIERS, _TIER_EXPECTED))
+        parser.parse_keyword("to")
+        properties["target"] = StringAttr(parser.parse_keyword_in(TIERS, _TIER_EXPECTED))
+        return cls.create(properties=properties)
+
+
+KV = Dialect("kv", [MatchOp, ReserveOp, EvictOp, MigrateOp])

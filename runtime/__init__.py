@@ -1,0 +1,1 @@
+"""Serves plans on engines; knows no compiler."""

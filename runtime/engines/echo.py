@@ -1,0 +1,476 @@
+"""A toy engine that computes nothing and obeys plans to the letter: for tests, and to try the loop.
+
+Its next token is a checksum of all tokens before it, so every way of serving a request (any chunks,
+any batch, a hand-over, a recomputation) gives the same output, and a wrong way does not. It checks
+what real engines take on trust: a gap or an overlap in a prompt, a step over its budget and KV
+beyond the blocks that there are fail the request that is to blame.
+
+Options, all numbers as text: vocab (1000), eos (a token that ends an output; none), step_us and
+token_us (what a step takes, and each of its tokens; 0), bytes_per_s (of a hand-over; no time).
+"""
+
+import dataclasses
+import itertools
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sagec.runtime.clock import Clock, VirtualClock, WallClock
+from sagec.runtime.engines import (
+    Cancelled,
+    Capability,
+    EngineError,
+    Event,
+    Failed,
+    InstanceSpec,
+    KVExported,
+    KVHandle,
+    KVImported,
+    PlanDone,
+    Preempted,
+    StepReport,
+)
+from sagec.runtime.plan import SWAP, Chunks, Decodes, ExecutionPlan, PlanError, check
+from sagec.runtime.request import FinishReason, Request
+
+KV_BYTES_PER_TOKEN = 64
+
+Chunk = tuple[str, int, int, int]
+"""Request, begin, end, and 1 where it samples."""
+
+
+def create(spec: InstanceSpec) -> "Echo":
+    return Echo(spec, WallClock())
+
+
+@dataclasses.dataclass
+class _Row:
+    """A request on this instance; its KV is the checksum of the tokens computed."""
+
+    request: Request
+    output: list[int]
+    computed_tokens: int = 0
+    checksum: int = 0
+    kv_blocks: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def prefilled(self) -> bool:
+        """Only the token sampled last has no KV, so that the row can decode."""
+        return bool(self.output) and self.computed_tokens == self.num_tokens - 1
+
+    def compute(self, end: int) -> None:
+        """Add the KV of the tokens up to `end`."""
+        split = len(self.request.prompt)
+        for token in itertools.chain(
+            self.request.prompt[self.computed_tokens : end],
+            self.output[max(self.computed_tokens - split, 0) : max(end - split, 0)],
+        ):
+            self.checksum = zlib.crc32(token.to_bytes(4, "little"), self.checksum)
+        self.computed_tokens = end
+
+
+class _Progress:
+    """A plan at work: which of its steps comes next, and its columns by row."""
+
+    def __init__(self, plan: ExecutionPlan) -> None:
+        self.plan = plan
+        self.step = 0
+        self.reserved_blocks = dict(
+            zip(plan.request_ids, plan.rows.kv_blocks.tolist(), strict=True)
+        )
+        self.exports = _peers(plan, plan.exports.row.tolist(), plan.exports.peer.tolist())
+        self.awaited = _peers(plan, plan.imports.row.tolist(), plan.imports.peer.tolist())
+        self.chunks: list[list[Chunk]] = [[] for _ in range(plan.num_steps)]
+        for step, row, *chunk in _tuples(plan.chunks):
+            self.chunks[step].append((plan.request_ids[row], *chunk))
+        self.decodes = [(plan.request_ids[row], *rest) for row, *rest in _tuples(plan.decodes)]
+
+
+def _tuples(table: Chunks | Decodes) -> Iterator[Any]:
+    return zip(*(getattr(table, f).tolist() for f in table.__struct_fields__), strict=True)
+
+
+def _peers(plan: ExecutionPlan, rows: list[int], peers: list[int]) -> dict[str, str]:
+    return {plan.request_ids[r]: plan.peers[p] for r, p in zip(rows, peers, strict=True)}
+
+
+class _Refused(Exception):
+    """A request that breaks a rule; the message says which."""
+
+
+class Echo:
+    """An instance of the toy engine; steps begin in `poll` and end when the clock says so."""
+
+    def __init__(self, spec: InstanceSpec, clock: Clock) -> None:
+        """Raises EngineError where an option is unknown or not a number."""
+        self._spec, self._clock = spec, clock
+        options = _options(spec)
+        self._vocab = options["vocab"]
+        self._eos = (options["eos"],) if "eos" in spec.options else ()
+        self._step_us, self._token_us = options["step_us"], options["token_us"]
+        self._bytes_per_s = options["bytes_per_s"]
+        self._rows: dict[str, _Row] = {}
+        self._departed: dict[str, None] = {}
+        self._handles: dict[str, KVHandle] = {}
+        self._progress: _Progress | None = None
+        self._inbox: list[tuple[ExecutionPlan, tuple[Request, ...]] | KVHandle | str] = []
+        self._ready: list[Event] = []
+        self._pending: list[Event] = []
+        self._free_at_us = 0
+        self._capability = Capability(
+            kv_blocks=spec.kv_blocks,
+            block_tokens=spec.block_tokens,
+            kv_layout="echo",
+            kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+            max_context_tokens=spec.kv_blocks * spec.block_tokens,
+            eos_tokens=self._eos,
+        )
+
+    def capability(self) -> Capability:
+        return self._capability
+
+    def submit(self, plan: ExecutionPlan, requests: Sequence[Request] = ()) -> None:
+        self._inbox.append((plan, tuple(requests)))
+
+    def receive(self, handle: KVHandle) -> None:
+        self._inbox.append(handle)
+
+    def cancel(self, request_id: str) -> None:
+        self._inbox.append(request_id)
+
+    def close(self) -> None:
+        self._rows.clear()
+        self._handles.clear()
+
+    def poll(self, timeout_s: float = 0.0) -> list[Event]:
+        if not self._pending and not self._ready:
+            self._turn()
+        if self._pending and not self._ready and not isinstance(self._clock, VirtualClock):
+            left_s = (self._free_at_us - self._clock.now_us()) / 1e6
+            time.sleep(max(0.0, min(timeout_s, left_s)))
+        if self._pending and self._clock.now_us() >= self._free_at_us:
+            self._ready += self._pending
+            self._pending = []
+        events, self._ready = self._ready, []
+        return events
+
+    def next_us(self) -> int | None:
+        """When something happens next, so that a virtual clock can jump there; None: nothing."""
+        if self._pending:
+            return self._free_at_us
+        awaited = self._progress.awaited if self._progress else ()
+        arriving = (self._arrival_us(self._handles[n]) for n in awaited if n in self._handles)
+        later = [us for us in arriving if us > self._clock.now_us()]
+        return min(later, default=None)
+
+    def kv_blocks_used(self) -> int:
+        """Blocks that rows on this instance hold."""
+        return sum(row.kv_blocks for row in self._rows.values())
+
+    def _turn(self) -> None:
+        """A step boundary: hear what came in, take in KV, begin a step or end the plan."""
+        for message in self._inbox:
+            if isinstance(message, KVHandle):
+                self._handles[message.request.id] = message
+            elif isinstance(message, str):
+                self._forget(message)
+                self._ready.append(Cancelled(instance=self._spec.id, request_id=message))
+            else:
+                self._begin(*message)
+        self._inbox.clear()
+        if self._progress is not None:
+            self._import(self._progress)
+            self._step(self._progress)
+
+    def _forget(self, request_id: str) -> None:
+        self._handles.pop(request_id, None)
+        if self._rows.pop(request_id, None):
+            self._departed[request_id] = None
+        if self._progress is not None:
+            self._progress.awaited.pop(request_id, None)
+
+    def _fail(self, request_id: str, error: str) -> None:
+        self._forget(request_id)
+        self._departed[request_id] = None
+        self._ready.append(Failed(instance=self._spec.id, request_id=request_id, error=error))
+
+    def _begin(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
+        if self._progress is not None:
+            self._end_plan(self._progress)
+        for request in requests:
+            self._rows[request.id] = _Row(request, [])
+            self._departed.pop(request.id, None)
+        try:
+            _check_plan(plan, self._spec.id)
+        except PlanError as error:
+            for request_id in plan.request_ids:
+                self._fail(request_id, str(error))
+            self._ready.append(PlanDone(instance=self._spec.id, plan_id=plan.plan_id))
+            return
+        self._progress = progress = _Progress(plan)
+        self._preempt(plan)
+        self._reserve(progress)
+        for request_id in plan.request_ids:
+            known = (self._rows, self._handles, self._departed, progress.awaited)
+            if not any(request_id in place for place in known):
+                self._fail(
+                    request_id, f"plan {plan.plan_id} names {request_id!r}, which never came"
+                )
+        self._ready += self._export(progress)
+
+    def _reserve(self, progress: _Progress) -> None:
+        """Rows that hold KV get the blocks that the plan reserves, others keep what they fill."""
+        used = 0
+        for held in self._rows.values():
+            held.kv_blocks = self._blocks(held.computed_tokens)
+            used += held.kv_blocks
+        for request_id, wanted in progress.reserved_blocks.items():
+            row = self._rows.get(request_id)
+            if row is None or not row.computed_tokens or wanted <= row.kv_blocks:
+                continue
+            used += wanted - row.kv_blocks
+            row.kv_blocks = wanted
+            if used > self._spec.kv_blocks:
+                used -= wanted
+                self._fail(request_id, self._overflow(progress, used + wanted))
+
+    def _overflow(self, progress: _Progress, used: int) -> str:
+        return (
+            f"plan {progress.plan.plan_id}: {used} blocks are reserved of the "
+            f"{self._spec.kv_blocks} there are"
+        )
+
+    def _preempt(self, plan: ExecutionPlan) -> None:
+        pairs = zip(plan.preemptions.row.tolist(), plan.preemptions.how.tolist(), strict=True)
+        for request_id, how in ((plan.request_ids[row], how) for row, how in pairs):
+            if how == SWAP:
+                self._fail(request_id, "echo cannot swap KV out; preempt with recompute")
+            elif row := self._rows.get(request_id):
+                row.computed_tokens = row.checksum = 0
+                self._ready.append(Preempted(instance=self._spec.id, request_id=request_id))
+
+    def _end_plan(self, progress: _Progress) -> None:
+        self._progress = None
+        self._ready.append(PlanDone(instance=self._spec.id, plan_id=progress.plan.plan_id))
+
+    def _import(self, progress: _Progress) -> None:
+        """Take in KV that has arrived, in the plan's order, as far as there is room."""
+        for request_id in [name for name in progress.awaited if name in self._handles]:
+            blocks = progress.reserved_blocks[request_id]
+            if self.kv_blocks_used() + blocks > self._spec.kv_blocks:
+                break
+            if self._arrival_us(self._handles[request_id]) > self._clock.now_us():
+                continue
+            del progress.awaited[request_id]
+            handle = self._handles.pop(request_id)
+            row = _Row(handle.request, list(handle.output), kv_blocks=blocks)
+            row.compute(handle.computed_tokens)
+            if handle.place != _place(row):
+                self._fail(request_id, f"its KV at {handle.place!r} is not that of its tokens")
+                continue
+            self._rows[request_id] = row
+            self._ready.append(self._imported(handle))
+
+    def _imported(self, handle: KVHandle) -> KVImported:
+        return KVImported(
+            instance=self._spec.id,
+            request_id=handle.request.id,
+            source=handle.source,
+            num_bytes=handle.num_bytes,
+            begin_us=handle.begin_us,
+            end_us=self._clock.now_us(),
+        )
+
+    def _arrival_us(self, handle: KVHandle) -> int:
+        return handle.begin_us + self._move_us(handle)
+
+    def _move_us(self, handle: KVHandle) -> int:
+        return handle.num_bytes * 1_000_000 // self._bytes_per_s if self._bytes_per_s else 0
+
+    def _step(self, progress: _Progress) -> None:
+        """Compute the next step in which there is something to do; else end, or wait for KV."""
+        for step in range(progress.step, progress.plan.num_steps):
+            chunks = self._chunks(progress, step)
+            num_tokens = sum(end - begin for _, begin, end, _ in chunks)
+            decodes = self._decodes(progress, step, num_tokens)
+            if chunks or decodes:
+                progress.step = step + 1
+                self._compute(progress, chunks, decodes)
+                return
+        awaits = any(request_id in progress.awaited for request_id, _, _ in progress.decodes)
+        if progress.step == progress.plan.num_steps or not awaits:
+            self._end_plan(progress)
+
+    def _chunks(self, progress: _Progress, step: int) -> list[Chunk]:
+        """The step's chunks, less what an earlier plan has computed."""
+        chunks = []
+        for request_id, begin, end, samples in progress.chunks[step]:
+            row = self._rows.get(request_id)
+            if row is None or end <= row.computed_tokens:
+                continue
+            try:
+                self._check_chunk(progress, row, begin, end, bool(samples))
+            except _Refused as error:
+                self._fail(request_id, str(error))
+            else:
+                chunks.append((request_id, row.computed_tokens, end, samples))
+        return chunks
+
+    def _check_chunk(
+        self, progress: _Progress, row: _Row, begin: int, end: int, samples: bool
+    ) -> None:
+        where = f"plan {progress.plan.plan_id}: "
+        if begin > row.computed_tokens:
+            raise _Refused(f"{where}tokens [{row.computed_tokens}, {begin}) were left out")
+        if end > row.num_tokens or samples != (end == row.num_tokens):
+            verb = "samples" if samples else "does not sample"
+            raise _Refused(
+                f"{where}a chunk [{begin}, {end}) that {verb}, of a prompt of {row.num_tokens} tokens"
+            )
+        row.kv_blocks = progress.reserved_blocks[row.request.id]
+        if self._blocks(end) > row.kv_blocks:
+            raise _Refused(f"{where}{end} tokens do not fit the {row.kv_blocks} blocks it reserves")
+        if (used := self.kv_blocks_used()) > self._spec.kv_blocks:
+            raise _Refused(self._overflow(progress, used))
+
+    def _decodes(self, progress: _Progress, step: int, chunk_tokens: int) -> list[str]:
+        """Rows that decode in this step, as far as the step's budget goes."""
+        decodes = []
+        for request_id, begin_step, until_tokens in progress.decodes:
+            row = self._rows.get(request_id)
+            if row is None or begin_step > step or not row.prefilled:
+                continue
+            if row.computed_tokens >= until_tokens:
+                continue
+            if self._blocks(row.computed_tokens + 1) > row.kv_blocks:
+                error = f"token {row.computed_tokens} is beyond its {row.kv_blocks} blocks"
+                self._fail(request_id, f"plan {progress.plan.plan_id}: {error}")
+                continue
+            decodes.append(request_id)
+        return decodes[: progress.plan.max_step_tokens - chunk_tokens]
+
+    def _compute(
+        self,
+        progress: _Progress,
+        chunks: list[Chunk],
+        decodes: list[str],
+    ) -> None:
+        num_tokens = sum(end - begin for _, begin, end, _ in chunks) + len(decodes)
+        begin_us = max(self._clock.now_us(), self._free_at_us)
+        self._free_at_us = begin_us + self._step_us + num_tokens * self._token_us
+        sampling = list(decodes)
+        for request_id, _, end, samples in chunks:
+            self._rows[request_id].compute(end)
+            if samples:
+                sampling.append(request_id)
+        for request_id in decodes:
+            self._rows[request_id].compute(self._rows[request_id].num_tokens)
+        used = self.kv_blocks_used()
+        tokens, finished = self._sample(sampling)
+        self._pending.append(
+            StepReport(
+                instance=self._spec.id,
+                plan_id=progress.plan.plan_id,
+                step=progress.step - 1,
+                begin_us=begin_us,
+                end_us=self._free_at_us,
+                chunks=tuple((request_id, begin, end) for request_id, begin, end, _ in chunks),
+                decodes=tuple(decodes),
+                tokens=tuple(tokens),
+                finished=tuple(finished),
+                kv_blocks_used=used,
+            )
+        )
+        self._pending += self._export(progress)
+
+    def _sample(
+        self, request_ids: list[str]
+    ) -> tuple[list[tuple[str, int, int]], list[tuple[str, FinishReason]]]:
+        """The next token of each row, and the rows that end with it."""
+        tokens, finished = [], []
+        for request_id in request_ids:
+            row = self._rows[request_id]
+            token = (row.checksum * 2654435761 >> 8) % self._vocab
+            if token in self._eos or token in row.request.stop_tokens:
+                finished.append((request_id, FinishReason.STOP))
+                self._forget(request_id)
+                continue
+            tokens.append((request_id, len(row.output), token))
+            row.output.append(token)
+            limit = row.request.max_output_tokens
+            if len(row.output) == limit or row.num_tokens >= self._capability.max_context_tokens:
+                finished.append((request_id, FinishReason.LENGTH))
+                self._forget(request_id)
+        return tokens, finished
+
+    def _export(self, progress: _Progress) -> Iterator[Event]:
+        """Hand over the rows whose first token has been sampled; they leave."""
+        for request_id in [n for n in progress.exports if (r := self._rows.get(n)) and r.prefilled]:
+            row = self._rows[request_id]
+            handle = KVHandle(
+                request=row.request,
+                source=self._spec.id,
+                target=progress.exports.pop(request_id),
+                output=tuple(row.output),
+                computed_tokens=row.computed_tokens,
+                layout=self._capability.kv_layout,
+                place=_place(row),
+                num_bytes=row.computed_tokens * KV_BYTES_PER_TOKEN,
+                begin_us=self._free_at_us,
+            )
+            self._forget(request_id)
+            yield KVExported(handle=handle, end_us=self._arrival_us(handle))
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._spec.block_tokens)
+
+
+def _place(row: _Row) -> str:
+    return f"echo:{row.computed_tokens}:{row.checksum:08x}"
+
+
+def _options(spec: InstanceSpec) -> dict[str, int]:
+    options = {"vocab": 1000, "eos": 0, "step_us": 0, "token_us": 0, "bytes_per_s": 0}
+    for name, text in spec.options.items():
+        if name not in options:
+            raise EngineError(
+                f"instance {spec.id!r}: echo has no option {name!r}; it has {', '.join(options)}"
+            )
+        if not text.isdigit():
+            raise EngineError(f"instance {spec.id!r}: {name}={text!r}: a whole number, 0 or more")
+        options[name] = int(text)
+    return options
+
+
+def _check_plan(plan: ExecutionPlan, instance: str) -> None:
+    """Raise PlanError where the plan is for another instance or breaks its own rules."""
+    check(plan, f"plan {plan.plan_id}")
+    if plan.target_instance_id != instance:
+        raise PlanError(f"plan {plan.plan_id}: for {plan.target_instance_id!r}, not {instance!r}")
+    tokens = [0] * plan.num_steps
+    ends: dict[int, int] = {}
+    chunks = plan.chunks
+    for step, row, begin, end in zip(
+        chunks.step.tolist(),
+        chunks.row.tolist(),
+        chunks.begin.tolist(),
+        chunks.end.tolist(),
+        strict=True,
+    ):
+        tokens[step] += end - begin
+        if tokens[step] > plan.max_step_tokens:
+            raise PlanError(
+                f"plan {plan.plan_id}: step {step}: chunks of {tokens[step]} tokens; "
+                f"max_step_tokens is {plan.max_step_tokens}"
+            )
+        if ends.get(row, begin) != begin:
+            raise PlanError(
+                f"plan {plan.plan_id}: step {step}: {plan.request_ids[row]!r} goes on at {begin} "
+                f"after a chunk that ends at {ends[row]}"
+            )
+        ends[row] = end

@@ -1,0 +1,643 @@
+"""The serving loop, without I/O: events in, actions out; it alone changes a request.
+
+    loop = Loop(instances, strategy, planner, clock)
+    turns = loop.run()
+    actions = next(turns)
+    while True:
+        ...                                  # do what the actions say, wait for events
+        actions = turns.send(events)         # StopIteration: closed, and every request has ended
+
+A request goes waiting -> running (prefilling, arriving elsewhere, decoding) -> finished. A token's
+index in its request is its identity: one that is there already is dropped, a gap fails the request.
+A round asks the strategy and the planner. There is one when a request came, a plan is done, KV came
+for an instance that has no plan, or something failed; never one for a mere step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from sagec.runtime.clock import Clock
+from sagec.runtime.engines import (
+    Cancelled,
+    Capability,
+    Event,
+    Failed,
+    KVExported,
+    KVHandle,
+    KVImported,
+    PlanDone,
+    Preempted,
+    StepReport,
+)
+from sagec.runtime.plan import ExecutionPlan
+from sagec.runtime.report import RequestReport
+from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.state import LEAVING, RUNNING, WAITING, Decision, Instances, RequestTable, State
+from sagec.runtime.state import check as check_decision
+from sagec.runtime.strategies import Strategy
+
+FUTILE_ROUNDS = 8
+"""Rounds in a row without a step, a hand-over or a new request after which none will help."""
+
+
+class LoopError(RuntimeError):
+    """A planner that names what does not exist; says which plan and what."""
+
+
+class Planner(Protocol):
+    """Turns a decision into plans; the roof hands the compiler in, tests something smaller.
+
+    A plan holds for one instance and supersedes the one at work there. Instances that need no
+    change get none. Admitted rows that no plan gives chunks go on waiting.
+    """
+
+    def plan(self, state: State, decision: Decision) -> list[ExecutionPlan]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instance:
+    """An instance as the loop is told of it. model: the name by which requests ask for it."""
+
+    id: str
+    role: str
+    engine: str
+    capability: Capability
+    model: str = ""
+
+
+# What the loop hears, beside an engine's events.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request came."""
+
+    request: Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """A client no longer wants its answer."""
+
+    request_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """An instance that had failed is there again, empty."""
+
+    instance: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Closed:
+    """No more requests will come."""
+
+
+Input = Event | Arrived | CancelRequested | Joined | Closed
+
+# What the loop says: to be done, in this order.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submit:
+    """Give an instance a plan, with the requests that it does not know."""
+
+    instance: str
+    plan: ExecutionPlan
+    requests: tuple[Request, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deliver:
+    """Tell an instance that KV waits for it."""
+
+    instance: str
+    handle: KVHandle
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Discard:
+    """Free KV that nobody will receive."""
+
+    handle: KVHandle
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell an instance to forget a request."""
+
+    instance: str
+    request_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+    """A request's next token: index counts its output from 0."""
+
+    request_id: str
+    index: int
+    token: int
+    time_us: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """A request ended; detail says why, where it did not end by itself."""
+
+    request_id: str
+    reason: FinishReason
+    detail: str
+    report: RequestReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refused:
+    """A request was not taken in, for its id is in use."""
+
+    request_id: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """A round: what was seen, said and planned; to be recorded."""
+
+    state: State
+    decision: Decision
+    plans: tuple[ExecutionPlan, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wait:
+    """Come back with events, or without when this time has come; None: only with events."""
+
+    until_us: int | None
+
+
+Output = Token | Finished | Refused
+Action = Submit | Deliver | Discard | Cancel | Output | Planned | Wait
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Serving:
+    """How far a request's service is.
+
+    known_on: the instance that knows the request, with the first `base` tokens of its output as
+    part of its prompt. cancelled: it leaves for good. handle: its KV on the way.
+    """
+
+    request: Request
+    row: int
+    output: list[int] = dataclasses.field(default_factory=list)
+    known_on: int | None = None
+    base: int = 0
+    cancelled: bool = False
+    handle: KVHandle | None = None
+    admitted_us: int | None = None
+    first_token_us: int | None = None
+    last_token_us: int | None = None
+    attempts: int = 0
+    preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+
+class Loop:
+    """Serves requests on instances; see the module's text for how it is driven."""
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        strategy: Strategy,
+        planner: Planner,
+        clock: Clock,
+        max_attempts: int = 3,
+    ) -> None:
+        """max_attempts: how often a request is started over after failures before it fails."""
+        self.instances = tuple(instances)
+        self._strategy, self._planner, self._clock = strategy, planner, clock
+        self._max_attempts = max_attempts
+        self._index = {instance.id: i for i, instance in enumerate(self.instances)}
+        self._alive = np.ones(len(self.instances), bool)
+        self._plans: list[ExecutionPlan | None] = [None] * len(self.instances)
+        self._table = RequestTable()
+        self._serving: dict[str, _Serving] = {}
+        self._actions: list[Action] = []
+        self._round = self._futile_rounds = 0
+        self._now_us = clock.now_us()
+        self._again_us: int | None = None
+        self._due = self._closed = False
+        self._hear_by_type: dict[type, Callable[..., None]] = {
+            Arrived: self._arrived,
+            CancelRequested: self._cancel_requested,
+            Joined: self._joined,
+            Closed: self._no_more,
+            StepReport: self._stepped,
+            KVExported: self._exported,
+            KVImported: self._imported,
+            Preempted: self._preempted,
+            PlanDone: self._plan_done,
+            Cancelled: self._left,
+            Failed: self._failed,
+        }
+
+    def run(self) -> Generator[list[Action], Sequence[Input], None]:
+        """Turns of the loop: actions out, the last of them a Wait, and events in.
+
+        Raises LoopError where the planner, StateError where the strategy makes no sense.
+        """
+        while True:
+            events = yield [*self._take_actions(), Wait(self._again_us)]
+            self._now_us = max(self._now_us, self._clock.now_us())
+            for event in events:
+                self._hear_by_type[type(event)](event)
+            self._fail_unserved()
+            if self._due or (self._again_us is not None and self._now_us >= self._again_us):
+                self._ask()
+            if self._closed:
+                self._fail_stalled()
+                if not self._serving:
+                    yield self._take_actions()
+                    return
+
+    def state(self) -> State:
+        """What a strategy sees now."""
+        return State(
+            now_us=self._now_us,
+            round=self._round,
+            waiting=self._table.waiting(),
+            running=self._table.running(),
+            instances=self._instances(),
+        )
+
+    def output(self, request_id: str) -> tuple[int, ...]:
+        """Tokens of a live request so far."""
+        return tuple(self._serving[request_id].output)
+
+    def _instances(self) -> Instances:
+        capabilities = [instance.capability for instance in self.instances]
+        block_tokens = np.array([c.block_tokens for c in capabilities], np.int64)
+        return Instances.of(
+            [instance.id for instance in self.instances],
+            role=[instance.role for instance in self.instances],
+            model=[instance.model for instance in self.instances],
+            engine=[instance.engine for instance in self.instances],
+            kv_blocks=[c.kv_blocks for c in capabilities],
+            block_tokens=block_tokens,
+            kv_blocks_used=self._table.kv_blocks_used(block_tokens),
+            max_context_tokens=[c.max_context_tokens for c in capabilities],
+            alive=self._alive,
+            idle=[plan is None for plan in self._plans],
+        )
+
+    def _take_actions(self) -> list[Action]:
+        actions, self._actions = self._actions, []
+        return actions
+
+    # Clients.
+
+    def _arrived(self, event: Arrived) -> None:
+        request = event.request
+        if request.id in self._serving:
+            self._actions.append(Refused(request.id, f"request {request.id!r} is being served"))
+            return
+        model = request.model or self.instances[0].model
+        serving = _Serving(request=request, row=self._table.add(request, model))
+        self._serving[request.id] = serving
+        self._changed()
+        if not request.prompt:
+            self._finish(serving, FinishReason.REJECTED, "an empty prompt; give one token at least")
+        elif request.max_output_tokens is not None and request.max_output_tokens < 1:
+            limit = request.max_output_tokens
+            self._finish(serving, FinishReason.REJECTED, f"max_output_tokens {limit}: 1 or more")
+        elif model not in (models := sorted({i.model for i in self.instances})):
+            detail = f"no model {model!r}; there are: {', '.join(models)}"
+            self._finish(serving, FinishReason.REJECTED, detail)
+
+    def _cancel_requested(self, event: CancelRequested) -> None:
+        serving = self._serving.get(event.request_id)
+        if serving is None or serving.cancelled:
+            return
+        serving.cancelled = True
+        if self._table.phase[serving.row] == WAITING:
+            self._forget(serving)
+            self._finish(serving, FinishReason.CANCELLED, "")
+        else:
+            self._recall(serving)
+
+    def _no_more(self, _: Closed) -> None:
+        self._closed = True
+        self._due = True
+
+    # Engines.
+
+    def _stepped(self, report: StepReport) -> None:
+        self._futile_rounds = 0
+        for request_id, _, end in report.chunks:
+            if serving := self._on(report.instance, request_id):
+                self._table.progress(serving.row, end)
+        for request_id, index, token in report.tokens:
+            if serving := self._on(report.instance, request_id):
+                self._token(serving, serving.base + index, token, report)
+        for request_id, reason in report.finished:
+            if serving := self._on(report.instance, request_id):
+                self._finish(serving, reason, "")
+
+    def _token(self, serving: _Serving, index: int, token: int, report: StepReport) -> None:
+        if index < len(serving.output):
+            return
+        if index > len(serving.output):
+            self._forget(serving)
+            detail = (
+                f"instance {report.instance!r} sent token {index} of {serving.request.id!r} "
+                f"after token {len(serving.output) - 1}; those between are lost"
+            )
+            self._finish(serving, FinishReason.FAILED, detail)
+            return
+        self._table.generated(serving.row, serving.num_tokens)
+        serving.output.append(token)
+        serving.last_token_us = report.end_us
+        if serving.first_token_us is None:
+            serving.first_token_us = report.end_us
+        self._actions.append(Token(serving.request.id, index, token, report.end_us))
+
+    def _exported(self, event: KVExported) -> None:
+        handle = event.handle
+        target = self._index[handle.target]
+        serving = self._on(handle.source, handle.request.id)
+        if serving is None:
+            self._actions.append(Discard(handle))
+            return
+        leaving = self._table.phase[serving.row] == LEAVING
+        serving.known_on = None
+        if leaving or not self._alive[target]:
+            self._actions.append(Discard(handle))
+            self._go_on_waiting(serving)
+            return
+        self._changed(only_if=self._plan_lacks(target, handle.request.id))
+        serving.known_on, serving.handle = target, handle
+        self._table.move(serving.row, target, arriving=True)
+        self._table.progress(serving.row, handle.computed_tokens)
+        self._actions.append(Deliver(handle.target, handle))
+
+    def _plan_lacks(self, instance: int, request_id: str) -> bool:
+        """Whether KV that comes to this instance needs a round: it has no plan at all."""
+        return self._plans[instance] is None
+
+    def _imported(self, event: KVImported) -> None:
+        self._futile_rounds = 0
+        serving = self._serving.get(event.request_id)
+        if serving is None or self._table.instance[serving.row] != self._index[event.instance]:
+            return
+        serving.handle = None
+        self._table.move(serving.row, self._index[event.instance], arriving=False)
+
+    def _preempted(self, event: Preempted) -> None:
+        if serving := self._on(event.instance, event.request_id):
+            serving.preemptions += 1
+            self._go_on_waiting(serving)
+
+    def _plan_done(self, event: PlanDone) -> None:
+        index = self._index[event.instance]
+        plan = self._plans[index]
+        if plan is not None and plan.plan_id == event.plan_id:
+            self._plans[index] = None
+            self._due = True
+
+    def _left(self, event: Cancelled) -> None:
+        serving = self._serving.get(event.request_id)
+        if serving is None or self._table.phase[serving.row] != LEAVING:
+            return
+        if self._table.instance[serving.row] == self._index[event.instance]:
+            serving.known_on = None
+            self._go_on_waiting(serving)
+
+    def _failed(self, event: Failed) -> None:
+        index = self._index[event.instance]
+        if event.request_id is None:
+            self._instance_failed(index, event.error)
+            return
+        serving = self._serving.get(event.request_id)
+        if serving is None or self._table.phase[serving.row] == WAITING:
+            return
+        if self._table.instance[serving.row] == index:
+            serving.known_on = None
+            self._try_again(serving, event.error)
+
+    def _instance_failed(self, index: int, error: str) -> None:
+        self._alive[index] = False
+        self._plans[index] = None
+        self._due = True
+        for serving in list(self._serving.values()):
+            phase = self._table.phase[serving.row]
+            if serving.known_on == index:
+                serving.known_on = None
+            if phase == WAITING:
+                continue
+            if self._table.instance[serving.row] == index:
+                self._try_again(serving, f"instance {self.instances[index].id!r}: {error}")
+            elif phase == RUNNING and self._table.decode_on[serving.row] == index:
+                self._recall(serving)
+
+    def _joined(self, event: Joined) -> None:
+        self._alive[self._index[event.instance]] = True
+        self._changed()
+
+    # Requests.
+
+    def _on(self, instance: str, request_id: str) -> _Serving | None:
+        """The request, if it is on this instance; None: what is said of it came too late."""
+        serving = self._serving.get(request_id)
+        if serving is None or self._table.phase[serving.row] == WAITING:
+            return None
+        here = self._table.instance[serving.row] == self._index[instance]
+        return serving if here and serving.handle is None else None
+
+    def _changed(self, only_if: bool = True) -> None:
+        """There is something new to decide on."""
+        if only_if:
+            self._due, self._futile_rounds = True, 0
+
+    def _try_again(self, serving: _Serving, error: str) -> None:
+        """The request's KV is lost: start over with the output it has, but not for ever."""
+        serving.attempts += 1
+        if serving.handle is not None:
+            self._actions.append(Discard(serving.handle))
+        self._cancel_on(serving, int(self._table.decode_on[serving.row]))
+        if serving.attempts > self._max_attempts and not serving.cancelled:
+            self._finish(serving, FinishReason.FAILED, error)
+        else:
+            self._go_on_waiting(serving)
+
+    def _go_on_waiting(self, serving: _Serving) -> None:
+        serving.handle = None
+        self._changed()
+        if serving.cancelled:
+            self._finish(serving, FinishReason.CANCELLED, "")
+        else:
+            self._table.wait(serving.row, serving.num_tokens)
+
+    def _recall(self, serving: _Serving) -> None:
+        """Take a request off its instance; `Cancelled` will say when it is gone."""
+        self._table.leave(serving.row)
+        for index in {int(self._table.decode_on[serving.row]), serving.known_on}:
+            if index is not None:
+                self._cancel_on(serving, index)
+
+    def _forget(self, serving: _Serving) -> None:
+        """Let the instance that knows the request, but is not asked to run it, forget it."""
+        if serving.known_on is not None:
+            self._cancel_on(serving, serving.known_on)
+            serving.known_on = None
+
+    def _cancel_on(self, serving: _Serving, index: int) -> None:
+        if self._alive[index]:
+            self._actions.append(Cancel(self.instances[index].id, serving.request.id))
+
+    def _finish(self, serving: _Serving, reason: FinishReason, detail: str) -> None:
+        request = serving.request
+        report = RequestReport(
+            request_id=request.id,
+            reason=reason,
+            prompt_tokens=len(request.prompt),
+            output_tokens=len(serving.output),
+            arrival_us=request.arrival_us,
+            end_us=self._now_us,
+            admitted_us=serving.admitted_us,
+            first_token_us=serving.first_token_us,
+            last_token_us=serving.last_token_us,
+            attempts=serving.attempts,
+            preemptions=serving.preemptions,
+        )
+        self._table.remove(serving.row)
+        del self._serving[request.id]
+        self._actions.append(Finished(request.id, reason, detail, report))
+
+    # Rounds.
+
+    def _ask(self) -> None:
+        """A round: the strategy decides, the planner plans, the instances get their plans."""
+        self._due, self._again_us = False, None
+        if not len(self._table.waiting()) and not len(self._table.running()):
+            return
+        state = self.state()
+        decision = self._strategy.decide(state)
+        check_decision(decision, state, f"strategy {self._strategy.name!r}")
+        self._reject(state, decision)
+        self._again_us = decision.again_us
+        if self._futile_rounds > FUTILE_ROUNDS:
+            return
+        plans = self._planner.plan(state, decision)
+        self._round += 1
+        self._futile_rounds += 1
+        self._actions.append(Planned(state, decision, tuple(plans)))
+        for plan in plans:
+            self._submit(plan)
+
+    def _reject(self, state: State, decision: Decision) -> None:
+        for row in decision.rejected.tolist():
+            serving = self._serving[state.waiting.ids[row]]
+            self._forget(serving)
+            self._finish(serving, FinishReason.REJECTED, decision.reason[row])
+
+    def _submit(self, plan: ExecutionPlan) -> None:
+        index = self._index.get(plan.target_instance_id)
+        if index is None or not self._alive[index]:
+            raise LoopError(
+                f"plan {plan.plan_id}: no live instance {plan.target_instance_id!r}; "
+                f"there are: {', '.join(i.id for i in self.instances if self._alive[self._index[i.id]])}"
+            )
+        decode_on = dict(zip(plan.exports.row.tolist(), plan.exports.peer.tolist(), strict=True))
+        requests = []
+        for row in np.unique(plan.chunks.row).tolist():
+            serving = self._planned(plan, row)
+            if self._table.phase[serving.row] == WAITING:
+                requests += self._place(serving, index)
+            if self._table.instance[serving.row] == index:
+                target = (
+                    plan.peers[decode_on[row]] if row in decode_on else self.instances[index].id
+                )
+                self._table.decode_on[serving.row] = self._index[target]
+        for row in plan.preemptions.row.tolist():
+            self._table.leave(self._planned(plan, row).row)
+        self._plans[index] = plan
+        self._actions.append(Submit(plan.target_instance_id, plan, tuple(requests)))
+
+    def _planned(self, plan: ExecutionPlan, row: int) -> _Serving:
+        serving = self._serving.get(plan.request_ids[row])
+        if serving is None:
+            raise LoopError(
+                f"plan {plan.plan_id}: row {row} names {plan.request_ids[row]!r}, which is not live"
+            )
+        return serving
+
+    def _place(self, serving: _Serving, index: int) -> list[Request]:
+        """Give a waiting request to an instance; the request, if the instance has to be told it."""
+        self._table.run(serving.row, index, index)
+        if serving.admitted_us is None:
+            serving.admitted_us = self._now_us
+        if serving.known_on == index:
+            return []
+        self._forget(serving)
+        serving.known_on, serving.base = index, len(serving.output)
+        return [self._as_sent(serving)]
+
+    def _as_sent(self, serving: _Serving) -> Request:
+        """The request with its output so far as part of the prompt, bounded by what fits."""
+        request = serving.request
+        limit = request.max_output_tokens
+        if limit is None:
+            limit = self._room_tokens(str(self._table.model[serving.row])) - len(request.prompt)
+        return msgspec.structs.replace(
+            request,
+            prompt=(*request.prompt, *serving.output),
+            max_output_tokens=max(1, limit - len(serving.output)),
+        )
+
+    def _room_tokens(self, model: str) -> int:
+        """Tokens of the longest context that an instance of this model holds."""
+        return max(
+            min(i.capability.max_context_tokens, i.capability.kv_blocks * i.capability.block_tokens)
+            for i in self.instances
+            if i.model == model
+        )
+
+    # Ends that nobody else would see.
+
+    def _fail_unserved(self) -> None:
+        """Requests whose model has lost its last instance of a role fail now."""
+        if self._alive.all():
+            return
+        for serving in list(self._serving.values()):
+            model = str(self._table.model[serving.row])
+            if self._table.phase[serving.row] != WAITING:
+                continue
+            for phase, other in (("prefill", "decode"), ("decode", "prefill")):
+                if not self._is_served(model, other):
+                    detail = f"no live instance can {phase} model {model!r}"
+                    self._finish(serving, FinishReason.FAILED, detail)
+                    break
+
+    def _is_served(self, model: str, other_role: str) -> bool:
+        return any(
+            alive and instance.model == model and instance.role != other_role
+            for instance, alive in zip(self.instances, self._alive.tolist(), strict=True)
+        )
+
+    def _fail_stalled(self) -> None:
+        """With no plan at work and no request to come, whoever is left would wait for ever."""
+        at_work = any(plan is not None for plan in self._plans)
+        leaving = bool((self._table.phase == LEAVING).any())
+        if at_work or leaving or self._due or self._again_us is not None:
+            return
+        for serving in list(self._serving.values()):
+            self._forget(serving)
+            detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
+            self._finish(serving, FinishReason.FAILED, detail)

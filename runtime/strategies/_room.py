@@ -1,0 +1,100 @@
+"""How much KV room there is: what fits now, what never will, and who must leave; for strategies."""
+
+import numpy as np
+
+from sagec.runtime.state import UNBOUNDED, Bools, Instances, Ints, Running, State, Waiting
+
+
+def fitting(state: State, order: Ints) -> Ints:
+    """The first rows of `order` whose prompts fit the free blocks of their model's instances.
+
+    Each row needs room for its prompt and the next token, where it prefills and where it decodes.
+    Stops at the first row that does not fit, so that nobody overtakes a long prompt for ever.
+    """
+    fits = np.ones(len(order), bool)
+    models = state.waiting.model[order]
+    for model in set(models.tolist()):
+        here = np.flatnonzero(models == model)
+        for allowed in (state.instances.prefills, state.instances.decodes):
+            fits[here] &= _fits_in_turn(state, order[here], allowed & _serves(state, model))
+    return order[: len(order) if fits.all() else int(np.argmin(fits))]
+
+
+def never_fitting(state: State) -> tuple[Ints, list[str]]:
+    """Waiting rows that are too long for every live instance of their model, and why."""
+    waiting, rows, reasons = state.waiting, [], []
+    for model in set(waiting.model.tolist()):
+        here = np.flatnonzero(waiting.model == model)
+        served = _serves(state, model)
+        if (
+            not (served & state.instances.prefills).any()
+            or not (served & state.instances.decodes).any()
+        ):
+            continue
+        prompt = waiting.prompt_tokens[here]
+        whole = prompt + _bounded(waiting, here)
+        prefill_room = _largest(state.instances, served & state.instances.prefills)
+        decode_room = _largest(state.instances, served & state.instances.decodes)
+        for row in here[(prompt + 1 > prefill_room) | (whole > decode_room)]:
+            rows.append(row)
+            reasons.append(_too_long(waiting, int(row), min(prefill_room, decode_room)))
+    return np.array(rows, np.int64), reasons
+
+
+def overflowing(state: State) -> Ints:
+    """Running rows that must leave so that all others on their instance can take one more token.
+
+    On each instance the latest arrived leave first; one that is alone always stays.
+    """
+    running = state.running
+    resident = np.flatnonzero(~running.arriving)
+    need = _next_blocks(running, state.instances)[resident]
+    order = np.lexsort((running.arrival_us[resident], running.instance[resident]))
+    instance = running.instance[resident][order]
+    total = np.cumsum(need[order])
+    first = np.searchsorted(instance, instance)
+    within = total - total[first] + need[order][first]
+    crowded = (within > state.instances.kv_blocks[instance]) & (np.arange(len(order)) > first)
+    return resident[order[crowded]]
+
+
+def _next_blocks(running: Running, instances: Instances) -> Ints:
+    """Blocks each running row holds once its prompt is computed and one more token."""
+    tokens = np.maximum(running.prompt_tokens, running.computed_tokens) + 1
+    return -(-tokens // instances.block_tokens[running.instance])
+
+
+def _serves(state: State, model: str) -> Bools:
+    serves: Bools = state.instances.model == model
+    return serves & state.instances.alive
+
+
+def _fits_in_turn(state: State, rows: Ints, pool: Bools) -> Bools:
+    """Whether each row, after those before it, finds room in the pool's free blocks."""
+    if not pool.any():
+        return np.zeros(len(rows), bool)
+    instances = state.instances
+    block_tokens = int(instances.block_tokens[pool].max())
+    free = (instances.kv_blocks - instances.kv_blocks_used)[pool] * instances.block_tokens[pool]
+    growing = int(pool[state.running.instance].sum())
+    need = np.cumsum(-(-(state.waiting.prompt_tokens[rows] + 1) // block_tokens))
+    return need <= int(free.sum()) // block_tokens - growing
+
+
+def _largest(instances: Instances, pool: Bools) -> int:
+    """Tokens of the longest context that one instance of the pool can hold."""
+    room = instances.kv_blocks[pool] * instances.block_tokens[pool]
+    limit = instances.max_context_tokens[pool]
+    return int(np.where(limit > 0, np.minimum(room, limit), room).max(initial=0))
+
+
+def _bounded(waiting: Waiting, rows: Ints) -> Ints:
+    """Tokens that rows will hold beyond their prompts; one where nobody knows."""
+    generate = waiting.generate_tokens[rows]
+    return np.where(generate == UNBOUNDED, 1, generate)
+
+
+def _too_long(waiting: Waiting, row: int, room_tokens: int) -> str:
+    prompt, generate = int(waiting.prompt_tokens[row]), int(waiting.generate_tokens[row])
+    output = "" if generate == UNBOUNDED else f" and {generate} to generate"
+    return f"{prompt} prompt tokens{output} fit no instance: the largest holds {room_tokens} tokens"
