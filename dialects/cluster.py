@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from xdsl.dialects.builtin import ArrayAttr, StringAttr, SymbolNameConstraint, SymbolRefAttr
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    FlatSymbolRefAttrConstr,
+    StringAttr,
+    SymbolNameConstraint,
+    SymbolRefAttr,
+)
 from xdsl.ir import Attribute, Dialect
 from xdsl.irdl import (
     IRDLOperation,
@@ -21,6 +27,7 @@ from xdsl.printer import Printer
 from xdsl.traits import SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
+from sagec.dialects.columns import parse_string, quoted
 from sagec.dialects.rows import symbol
 from sagec.dialects.scalars import (
     Scalar,
@@ -33,6 +40,7 @@ from sagec.dialects.scalars import (
     scalar_of,
     verify_scalars,
 )
+from sagec.dialects.text import TextOp
 
 ROLES = ("prefill", "decode", "both")
 DTYPES = ("f32", "f16", "bf16", "fp8")
@@ -50,7 +58,7 @@ MODEL_SCALARS: Scalars = (
     Scalar("max_context", "tokens of prompt and output together", 131072, least=1),
     Scalar("experts", "experts a layer; 0 where the model is dense", 0),
     Scalar("experts_per_token", "experts that compute a token", 0),
-    Scalar("tied", "1 where the embedding is also the output head", 0),
+    Scalar("tied", "1 where the embedding is also the output head", 0, most=1),
     Scalar("path", "folder of the checkpoint", ""),
 )
 
@@ -79,11 +87,11 @@ INSTANCE_SCALARS: Scalars = (
     Scalar("quantization", "of the weights", "none"),
     Scalar("draft_layers", "layers of a draft model whose KV lies beside the model's", 0),
     Scalar("draft_tokens", "tokens a step drafts (speculative decoding)", 0),
-    Scalar("dtype", "type the engine computes in; auto is the model's", "auto"),
+    Scalar("dtype", "type it computes in; auto is the model's", "auto", choices=("auto", *DTYPES)),
 )
 
 
-class _Symbol(IRDLOperation):
+class _Symbol(TextOp):
     """An op with a name and scalars; subclasses print what stands between."""
 
     SCALARS: ClassVar[Scalars]
@@ -111,18 +119,23 @@ class _LikeSymbol(_Symbol):
         if "like" not in self.properties:
             return super().verify_()
         optional = tuple(
-            Scalar(s.name, s.doc, s.default, least=s.least, choices=s.choices) for s in self.SCALARS
+            Scalar(s.name, s.doc, s.default, False, s.least, s.choices, s.most)
+            for s in self.SCALARS
         )
+        if self.properties["like"] == SymbolRefAttr(self.symbol):
+            raise VerifyException(
+                f"{self.name}: {symbol(self.symbol)} is like itself; name another one"
+            )
         return verify_scalars(self, optional)
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(f" {symbol(self.symbol)}")
         if isinstance(like := self.properties.get("like"), SymbolRefAttr):
             printer.print_string(f" like {symbol(like.root_reference.data)}")
         print_scalars(printer, self, self.SCALARS)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         properties: dict[str, Attribute] = {"sym_name": parser.parse_symbol_name()}
         if parser.parse_optional_keyword("like"):
             properties["like"] = SymbolRefAttr(parser.parse_symbol_name())
@@ -148,7 +161,7 @@ class ModelOp(_LikeSymbol):
     name = "cluster.model"
     SCALARS: ClassVar[Scalars] = MODEL_SCALARS
     sym_name = prop_def(StringAttr)
-    like = opt_prop_def(SymbolRefAttr)
+    like = opt_prop_def(FlatSymbolRefAttrConstr)
     traits = traits_def(SymbolOpInterface())
 
     def verify_(self) -> None:
@@ -169,7 +182,7 @@ class DeviceOp(_LikeSymbol):
     name = "cluster.device"
     SCALARS: ClassVar[Scalars] = DEVICE_SCALARS
     sym_name = prop_def(StringAttr)
-    like = opt_prop_def(SymbolRefAttr)
+    like = opt_prop_def(FlatSymbolRefAttrConstr)
     traits = traits_def(SymbolOpInterface())
 
 
@@ -185,7 +198,7 @@ class SwitchOp(IRDLOperation):
 
 @irdl_op_definition
 @declares(LINK_SCALARS)
-class LinkOp(IRDLOperation):
+class LinkOp(TextOp):
     """A connection, in both directions, between two devices or switches.
 
     `cluster.link @g0 to @g1 {bytes_per_s = 4.5e11, latency_us = 2.0}`
@@ -193,8 +206,8 @@ class LinkOp(IRDLOperation):
 
     name = "cluster.link"
     SCALARS: ClassVar[Scalars] = LINK_SCALARS
-    source = prop_def(SymbolRefAttr)
-    target = prop_def(SymbolRefAttr)
+    source = prop_def(FlatSymbolRefAttrConstr)
+    target = prop_def(FlatSymbolRefAttrConstr)
 
     def verify_(self) -> None:
         verify_scalars(self, self.SCALARS)
@@ -207,13 +220,13 @@ class LinkOp(IRDLOperation):
         """What the op says of `name`, or its default."""
         return scalar_of(self, name, next(s.default for s in self.SCALARS if s.name == name))
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         source, target = self.source.root_reference.data, self.target.root_reference.data
         printer.print_string(f" {symbol(source)} to {symbol(target)}")
         print_scalars(printer, self, self.SCALARS)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         source = SymbolRefAttr(parser.parse_symbol_name())
         parser.parse_keyword("to")
         target = SymbolRefAttr(parser.parse_symbol_name())
@@ -241,49 +254,53 @@ class InstanceOp(_Symbol):
     name = "cluster.instance"
     SCALARS: ClassVar[Scalars] = INSTANCE_SCALARS
     sym_name = prop_def(StringAttr)
-    devices = prop_def(ArrayAttr[SymbolRefAttr])
+    devices = prop_def(ArrayAttr.constr(FlatSymbolRefAttrConstr))
     engine = prop_def(StringAttr)
     role = prop_def(StringAttr)
-    model = prop_def(SymbolRefAttr)
+    model = prop_def(FlatSymbolRefAttrConstr)
     traits = traits_def(SymbolOpInterface())
 
     def verify_(self) -> None:
         super().verify_()
+        place = f"cluster.instance: {symbol(self.symbol)}"
         if self.role.data not in ROLES:
+            raise VerifyException(f"{place}: role '{self.role.data}'; one of: {', '.join(ROLES)}")
+        names, tp, pp = self.device_names, self.scalar("tp"), self.scalar("pp")
+        assert isinstance(tp, int) and isinstance(pp, int)
+        if len(names) != tp * pp:
             raise VerifyException(
-                f"cluster.instance: role '{self.role.data}'; one of: {', '.join(ROLES)}"
+                f"{place}: tp {tp} x pp {pp} is {tp * pp} ranks on {len(names)} devices; "
+                "each rank has its own"
             )
-        ranks = self.scalar("tp"), self.scalar("pp")
-        if not self.devices.data or len(self.devices.data) != ranks[0] * ranks[1]:  # type: ignore[operator]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise VerifyException(
-                f"cluster.instance: tp {ranks[0]} x pp {ranks[1]} on {len(self.devices.data)} "
-                "devices; one a rank"
+                f"{place}: {symbol(twice[0])} is named twice; each rank has its own device"
             )
 
     @property
     def device_names(self) -> tuple[str, ...]:
         return tuple(device.root_reference.data for device in self.devices.data)
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         devices = ", ".join(map(symbol, self.device_names))
         printer.print_string(f" {symbol(self.symbol)} on [{devices}] engine ")
-        printer.print_string_literal(self.engine.data)
+        printer.print_string(quoted(self.engine.data))
         printer.print_string(
             f" role {self.role.data} model {symbol(self.model.root_reference.data)}"
         )
         print_scalars(printer, self, self.SCALARS)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         name = parser.parse_symbol_name().data
         parser.parse_keyword("on")
         devices = parser.parse_comma_separated_list(
             parser.Delimiter.SQUARE, lambda: parser.parse_symbol_name().data, " in devices"
         )
         parser.parse_keyword("engine")
-        engine = parser.parse_str_literal(" for the engine")
+        engine = parse_string(parser, "the engine's name")
         parser.parse_keyword("role")
-        role = parser.parse_keyword_in(ROLES, f"a role ({', '.join(ROLES)}) expected")
+        role = parser.parse_keyword_in(ROLES, f"expected a role: {', '.join(ROLES)}")
         parser.parse_keyword("model")
         model = parser.parse_symbol_name().data
         op = cls.of(name, devices, engine, role, model)

@@ -2,8 +2,9 @@
 
 `#pd.column<1, 2, 3>` holds int64, `#pd.names<"a", "b">` strings, `#pd.words<"p0", "d0" : 0, 1, 1>`
 few strings often (a code a row, like Arrow's dictionary encoding), `#pd.lists<[0, 64], []>` a list
-of int64 a row. Long columns print as hexadecimal bytes. Making one costs about a microsecond
-whatever its length, so passes make new columns freely and never change one.
+of int64 a row. More than READABLE_VALUES integers print as one string: "0x" and the bytes of
+little-endian int64, in hexadecimal. Making a column costs about a microsecond whatever its length,
+so passes make new ones freely and never change one; numpy refuses to write to them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Frozen:
     __slots__ = ("array",)
 
     def __init__(self, array: Ints) -> None:
+        array.setflags(write=False)
         self.array = array
 
     def __eq__(self, other: object) -> bool:
@@ -43,8 +45,19 @@ class Frozen:
 
 
 def frozen(values: npt.ArrayLike) -> Frozen:
-    """`values` as a payload; an int64 array is not copied and must not be written any more."""
-    return Frozen(np.asarray(values, np.int64))
+    """`values` as a payload; an int64 array is not copied, and not writable any more.
+
+    Raises TypeError for numbers that are not whole, ValueError for tables of more dimensions than
+    one, OverflowError for integers of more than 64 bits.
+    """
+    array = np.asarray(values)
+    if array.dtype != np.int64:
+        if array.size and array.dtype.kind == "f":
+            raise TypeError(f"a column holds integers, not {array.dtype}")
+        array = np.asarray(values, np.int64)
+    if array.ndim != 1:
+        raise ValueError(f"a column has one dimension, not {array.ndim}")
+    return Frozen(array)
 
 
 @irdl_attr_definition
@@ -61,6 +74,10 @@ class ColumnAttr(Data[Frozen]):
     @property
     def array(self) -> Ints:
         return self.data.array
+
+    def take(self, rows: Ints) -> ColumnAttr:
+        """The column of these rows, in this order."""
+        return ColumnAttr(Frozen(self.array[rows]))
 
     def __len__(self) -> int:
         return len(self.data.array)
@@ -84,13 +101,18 @@ class NamesAttr(Data[tuple[str, ...]]):
     def of(names: Iterable[str]) -> NamesAttr:
         return NamesAttr(tuple(names))
 
+    def take(self, rows: Ints) -> NamesAttr:
+        """The column of these rows, in this order."""
+        names = self.data
+        return NamesAttr(tuple([names[row] for row in rows.tolist()]))
+
     def __len__(self) -> int:
         return len(self.data)
 
     @classmethod
     def parse_parameter(cls, parser: AttrParser) -> tuple[str, ...]:
         names = parser.parse_comma_separated_list(
-            parser.Delimiter.ANGLE, lambda: _parse_string(parser), " in names"
+            parser.Delimiter.ANGLE, lambda: parse_string(parser), " in names"
         )
         return tuple(names)
 
@@ -138,22 +160,32 @@ class WordsAttr(Data[tuple[tuple[str, ...], Frozen]]):
         words = self.words
         return [words[code] for code in self.codes.tolist()]
 
+    def only(self) -> str | None:
+        """The string that all rows have; None where they differ or there are none."""
+        codes = self.codes
+        if not len(codes) or (len(self.words) > 1 and (codes != codes[0]).any()):
+            return None
+        return self.words[int(codes[0])]
+
     def __len__(self) -> int:
         return len(self.codes)
 
     @classmethod
     def parse_parameter(cls, parser: AttrParser) -> tuple[tuple[str, ...], Frozen]:
         with parser.in_angle_brackets():
-            words: list[str] = []
-            while (word := _parse_optional_string(parser)) is not None:
-                words.append(word)
-                if parser.parse_optional_punctuation(",") is None:
-                    break
+            words = parser.parse_optional_undelimited_comma_separated_list(
+                lambda: parse_optional_string(parser), lambda: parse_string(parser)
+            )
             parser.parse_punctuation(":", " between words and codes")
             at = parser.pos
             codes = _parse_ints(parser)
+            words = words or []
             if codes.size and not 0 <= codes.min() <= codes.max() < len(words):
-                parser.raise_error(f"codes must be in [0, {len(words)}), the number of words", at)
+                parser.raise_error(
+                    f"a code of {codes.min()} to {codes.max()}; there are {len(words)} words, "
+                    f"codes are in [0, {len(words)})",
+                    at,
+                )
             return tuple(words), Frozen(codes)
 
     def print_parameter(self, printer: Printer) -> None:
@@ -186,26 +218,39 @@ class ListsAttr(Data[tuple[Frozen, Frozen]]):
     def values(self) -> Ints:
         return self.data[1].array
 
+    def take(self, rows: Ints) -> ListsAttr:
+        """The column of these rows, in this order."""
+        lists = self.rows()
+        return ListsAttr.of([lists[row] for row in rows.tolist()])
+
     def rows(self) -> list[list[int]]:
         values, offsets = self.values.tolist(), self.offsets.tolist()
         return [values[begin:end] for begin, end in itertools.pairwise(offsets)]
+
+    def is_sound(self) -> bool:
+        """Whether the offsets ascend from 0 to the number of values."""
+        return _are_offsets(self.offsets, len(self.values))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @classmethod
     def parse_parameter(cls, parser: AttrParser) -> tuple[Frozen, Frozen]:
-        def row() -> list[int]:
-            return parser.parse_comma_separated_list(
-                parser.Delimiter.SQUARE, lambda: _parse_int64(parser), " in a list"
-            )
-
-        return ListsAttr.of(
-            parser.parse_comma_separated_list(parser.Delimiter.ANGLE, row, " in lists")
-        ).data
+        with parser.in_angle_brackets():
+            if (offsets := _parse_optional_hex(parser)) is None:
+                return ListsAttr.of(parse_lists(parser)).data
+            at = parser.pos
+            parser.parse_punctuation(",", " between offsets and values")
+            values = _parse_ints(parser)
+            if not _are_offsets(offsets, len(values)):
+                parser.raise_error(f"offsets ascend from 0 to {len(values)}, the values", at)
+            return Frozen(offsets), Frozen(values)
 
     def print_parameter(self, printer: Printer) -> None:
-        printer.print_string(f"<{', '.join(map(str, self.rows()))}>")
+        if len(self.values) + len(self) > READABLE_VALUES:
+            printer.print_string(f"<{_hex_text(self.offsets)}, {_hex_text(self.values)}>")
+        else:
+            printer.print_string(f"<{', '.join(map(str, self.rows()))}>")
 
 
 COLUMN_ATTRS = (ColumnAttr, NamesAttr, WordsAttr, ListsAttr)
@@ -225,12 +270,20 @@ def _escaped(byte: int) -> str:
 
 
 def _ints_text(array: Ints) -> str:
-    if len(array) > READABLE_VALUES:
-        return f'"0x{array.astype("<i8").tobytes().hex().upper()}"'
-    return ", ".join(map(str, array.tolist()))
+    return _hex_text(array) if len(array) > READABLE_VALUES else ", ".join(map(str, array.tolist()))
 
 
-def _parse_optional_string(parser: AttrParser) -> str | None:
+def _hex_text(array: Ints) -> str:
+    return f'"0x{array.astype("<i8").tobytes().hex().upper()}"'
+
+
+def _are_offsets(offsets: Ints, end: int) -> bool:
+    """Whether they cut a column of `end` values into rows."""
+    ascends = len(offsets) > 0 and bool((np.diff(offsets) >= 0).all())
+    return ascends and offsets[0] == 0 and offsets[-1] == end
+
+
+def parse_optional_string(parser: AttrParser) -> str | None:
     """A string literal; xDSL calls those with escaped bytes above 127 bytes literals."""
     if (text := parser.parse_optional_str_literal()) is not None:
         return text
@@ -243,40 +296,67 @@ def _parse_optional_string(parser: AttrParser) -> str | None:
         parser.raise_error("the string is not UTF-8", at)
 
 
-def _parse_string(parser: AttrParser) -> str:
+def parse_string(parser: AttrParser, what: str = "a string") -> str:
+    """A string literal with any UTF-8 in it; `what` it is, for the error."""
     at = parser.pos
-    if (text := _parse_optional_string(parser)) is None:
-        parser.raise_error("expected a string in quotes", at)
+    if (text := parse_optional_string(parser)) is None:
+        parser.raise_error(f"expected {what} in quotes", at)
     return text
 
 
+def parse_lists(parser: AttrParser) -> list[list[int]]:
+    """`[0, 64], []`, or nothing."""
+
+    def row() -> list[int]:
+        return parser.parse_comma_separated_list(
+            parser.Delimiter.SQUARE, lambda: parse_int64(parser), " in a list"
+        )
+
+    def optional_row() -> list[int] | None:
+        return parser.parse_optional_comma_separated_list(
+            parser.Delimiter.SQUARE, lambda: parse_int64(parser), " in a list"
+        )
+
+    return parser.parse_optional_undelimited_comma_separated_list(optional_row, row) or []
+
+
 def _parse_ints(parser: AttrParser) -> Ints:
+    if (array := _parse_optional_hex(parser)) is not None:
+        return array
+    values = parser.parse_optional_undelimited_comma_separated_list(
+        lambda: _parse_optional_int64(parser), lambda: parse_int64(parser)
+    )
+    return np.array(values or [], np.int64)
+
+
+def _parse_optional_hex(parser: AttrParser) -> Ints | None:
     at = parser.pos
-    if (text := parser.parse_optional_str_literal()) is not None:
-        try:
-            if not text.startswith("0x"):
-                raise ValueError
-            return np.frombuffer(bytes.fromhex(text[2:]), "<i8").astype(np.int64, copy=False)
-        except ValueError:
-            parser.raise_error('expected "0x" and the bytes of int64 values in hexadecimal', at)
-    values: list[int] = []
-    while (value := _parse_optional_int64(parser)) is not None:
-        values.append(value)
-        if parser.parse_optional_punctuation(",") is None:
-            break
-    return np.array(values, np.int64)
+    if (text := parser.parse_optional_str_literal()) is None:
+        return None
+    try:
+        if not text.startswith("0x"):
+            raise ValueError
+        return np.frombuffer(bytes.fromhex(text[2:]), "<i8").astype(np.int64, copy=False)
+    except ValueError:
+        parser.raise_error('expected "0x" and the bytes of int64 values in hexadecimal', at)
 
 
 def _parse_optional_int64(parser: AttrParser) -> int | None:
     at = parser.pos
     value = parser.parse_optional_integer(allow_boolean=False)
     if value is not None and not -(2**63) <= value < 2**63:
-        parser.raise_error(f"{value} does not fit 64 bits", at)
+        parser.raise_error(f"{shortened(value)} does not fit 64 bits", at)
     return value
 
 
-def _parse_int64(parser: AttrParser) -> int:
+def parse_int64(parser: AttrParser) -> int:
+    """An integer of 64 bits."""
     at = parser.pos
     if (value := _parse_optional_int64(parser)) is None:
         parser.raise_error("expected an integer", at)
     return value
+
+
+def shortened(value: int) -> str:
+    """A number as a message shows it; hundreds of digits help nobody."""
+    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"

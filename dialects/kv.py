@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from xdsl.dialects.builtin import StringAttr, SymbolRefAttr
+from xdsl.dialects.builtin import FlatSymbolRefAttrConstr, StringAttr, SymbolRefAttr
 from xdsl.ir import Attribute, Dialect
-from xdsl.irdl import IRDLOperation, irdl_op_definition, operand_def, prop_def, result_def
+from xdsl.irdl import irdl_op_definition, operand_def, prop_def, result_def
 from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
@@ -22,16 +22,19 @@ from sagec.dialects.rows import (
     print_table,
     symbol,
 )
+from sagec.dialects.text import TextOp
 
 TIERS = ("device", "host", "disk")
-_TIER_EXPECTED = f"one of: {', '.join(TIERS)}"
+_TIER_EXPECTED = f"expected a tier: {', '.join(TIERS)}"
 
 MATCH_FIELDS: Fields = (
-    Field("tokens", Kind.INT, "leading tokens whose KV the prefix cache has", required=True),
+    Field(
+        "tokens", Kind.INT, "leading tokens whose KV the prefix cache has", required=True, least=0
+    ),
 )
 RESERVE_FIELDS: Fields = (
     Field("on", Kind.SYMBOL, "instance that keeps the blocks free", required=True, header=True),
-    Field("blocks", Kind.INT, "how many, for the whole horizon", required=True),
+    Field("blocks", Kind.INT, "how many, for the whole horizon", required=True, least=1),
 )
 
 
@@ -45,10 +48,6 @@ class MatchOp(OverOp):
     wave = operand_def(WaveType)
     matched = result_def(WaveType)
 
-    def verify_(self) -> None:
-        super().verify_()
-        self._at_least("tokens", 0, "0 where nothing is found")
-
 
 @irdl_op_definition
 @declares_rows(RESERVE_FIELDS)
@@ -61,19 +60,15 @@ class ReserveOp(TableOp):
     name = "kv.reserve"
     FIELDS: ClassVar[Fields] = RESERVE_FIELDS
 
-    def verify_(self) -> None:
-        super().verify_()
-        self._at_least("blocks", 1, "a request needs at least one block")
-
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         print_table(printer, self, self.FIELDS)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         return cls.create(properties=parse_table(parser, cls.FIELDS))
 
 
-class _HashesOp(IRDLOperation):
+class _HashesOp(TextOp):
     """An op about cached blocks, named by their hashes, on an instance."""
 
     def _instance(self) -> str:
@@ -89,9 +84,9 @@ class _HashesOp(IRDLOperation):
     def _parse_hashes(parser: Parser) -> dict[str, Attribute]:
         instance = SymbolRefAttr(parser.parse_symbol_name())
         at = parser.pos
-        hashes = parser.parse_attribute()
+        hashes = parser.parse_optional_attribute()
         if not isinstance(hashes, ColumnAttr):
-            parser.raise_error(f"expected the blocks' hashes as #pd.column<...>, not {hashes}", at)
+            parser.raise_error("expected the blocks' hashes as #pd.column<...>", at)
         return {"instance": instance, "hashes": hashes}
 
 
@@ -100,14 +95,14 @@ class EvictOp(_HashesOp):
     """Drop cached blocks: `kv.evict @d0 #pd.column<17, 42>`"""
 
     name = "kv.evict"
-    instance = prop_def(SymbolRefAttr)
+    instance = prop_def(FlatSymbolRefAttrConstr)
     hashes = prop_def(ColumnAttr)
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         self._print_hashes(printer)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         return cls.create(properties=cls._parse_hashes(parser))
 
 
@@ -116,7 +111,7 @@ class MigrateOp(_HashesOp):
     """Move cached blocks between tiers: `kv.migrate @d0 #pd.column<17, 42> from device to host`"""
 
     name = "kv.migrate"
-    instance = prop_def(SymbolRefAttr)
+    instance = prop_def(FlatSymbolRefAttrConstr)
     hashes = prop_def(ColumnAttr)
     source = prop_def(StringAttr)
     target = prop_def(StringAttr)
@@ -127,14 +122,16 @@ class MigrateOp(_HashesOp):
             if tier not in TIERS:
                 raise VerifyException(f"kv.migrate: no tier '{tier}'; one of: {', '.join(TIERS)}")
         if ends[0] == ends[1]:
-            raise VerifyException(f"kv.migrate: from {ends[0]} to {ends[1]} moves nothing")
+            raise VerifyException(
+                f"kv.migrate: from {ends[0]} to {ends[1]} moves nothing; name two tiers"
+            )
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         self._print_hashes(printer)
         printer.print_string(f" from {self.source.data} to {self.target.data}")
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         properties = cls._parse_hashes(parser)
         parser.parse_keyword("from")
         properties["source"] = StringAttr(parser.parse_keyword_in(TIERS, _TIER_EXPECTED))

@@ -9,16 +9,22 @@ the `pd.steps` (when): they use values and make none, so that a schedule never m
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from xdsl.dialects.builtin import IntegerAttr, StringAttr, SymbolNameConstraint, SymbolRefAttr, i64
+from xdsl.dialects.builtin import (
+    FlatSymbolRefAttrConstr,
+    IntegerAttr,
+    StringAttr,
+    SymbolNameConstraint,
+    SymbolRefAttr,
+    i64,
+)
 from xdsl.ir import Attribute, Block, Data, Dialect, Operation, Region, SSAValue, TypeAttribute
 from xdsl.irdl import (
-    IRDLOperation,
     base,
+    eq,
     irdl_attr_definition,
     irdl_op_definition,
     operand_def,
@@ -30,20 +36,31 @@ from xdsl.irdl import (
     var_operand_def,
     var_result_def,
 )
-from xdsl.parser import AttrParser, Parser
+from xdsl.parser import AttrParser, Parser, UnresolvedOperand
 from xdsl.printer import Printer
-from xdsl.traits import IsolatedFromAbove, IsTerminator, SymbolOpInterface
+from xdsl.traits import HasParent, IsolatedFromAbove, IsTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
-from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr, quoted
+from sagec.dialects.columns import (
+    ColumnAttr,
+    Ints,
+    ListsAttr,
+    NamesAttr,
+    WordsAttr,
+    parse_int64,
+    parse_lists,
+    quoted,
+)
 from sagec.dialects.rows import (
     READABLE_ROWS,
     Field,
     Fields,
     Kind,
     Scanner,
+    brief,
     column_or,
     declares_rows,
+    has_sound_codes,
     parse_table,
     print_table,
     symbol,
@@ -54,10 +71,12 @@ from sagec.dialects.scalars import (
     Scalar,
     Scalars,
     declares,
+    opens_scalars,
     parse_scalars,
     print_scalars,
     verify_scalars,
 )
+from sagec.dialects.text import TextOp, parse_operands, resolve_typed, type_above
 
 UNBOUNDED = 2**31 - 1
 """generate and remaining of a request that goes on until it stops."""
@@ -66,6 +85,7 @@ MODES = ("strict", "time-share", "hybrid")
 PHASES = ("prefill", "decode")
 VERDICTS = ("admit", "defer", "reject", "preempt", "swap")
 ADMIT, DEFER, REJECT, PREEMPT, SWAP = range(5)
+_LEAVES = "defer, reject, preempt or swap"
 
 
 class SizedType(Data[int], TypeAttribute):
@@ -95,6 +115,7 @@ class KVType(SizedType):
 
 
 _WAVE_OR_KV = base(WaveType) | base(KVType)
+_I64 = IntegerAttr.constr(type=eq(i64))
 
 
 def rows_of(value: SSAValue) -> int:
@@ -105,8 +126,8 @@ def rows_of(value: SSAValue) -> int:
 
 _CLIENT: Fields = (
     Field("priority", Kind.INT, "smaller goes first"),
-    Field("ttft", Kind.INT, "promised time to the first token, us; 0: none"),
-    Field("tpot", Kind.INT, "promised time for each token after it, us; 0: none"),
+    Field("ttft", Kind.INT, "promised time to the first token, us; 0: none", least=0),
+    Field("tpot", Kind.INT, "promised time for each token after it, us; 0: none", least=0),
     Field("model", Kind.SYMBOL, "the model it asks for; none: the only one"),
     Field("tenant", Kind.WORD, "who pays"),
     Field("session", Kind.WORD, "conversation it belongs to"),
@@ -114,16 +135,20 @@ _CLIENT: Fields = (
 )
 
 REQUEST_FIELDS: Fields = (
-    Field("prompt", Kind.INT, "tokens to compute before the first is sampled", required=True),
-    Field("generate", Kind.INT, "tokens to sample at most; none: until it stops", UNBOUNDED),
-    Field("arrived", Kind.INT, "when, us"),
-    Field("deadline", Kind.INT, "when its next token is late, us; 0: never"),
+    Field(
+        "prompt", Kind.INT, "tokens to compute before the first is sampled", required=True, least=1
+    ),
+    Field(
+        "generate", Kind.INT, "tokens to sample at most; none: until it stops", UNBOUNDED, least=1
+    ),
+    Field("arrived", Kind.INT, "when, us", least=0),
+    Field("deadline", Kind.INT, "when its next token is late, us; 0: never", least=0),
     *_CLIENT,
-    Field("samples", Kind.INT, "outputs of one prompt (n of the OpenAI API)", 1),
+    Field("samples", Kind.INT, "outputs of one prompt (n of the OpenAI API)", 1, least=1),
     Field("prefix", Kind.LIST, "hashes of its leading KV blocks"),
-    Field("cached", Kind.INT, "leading tokens whose KV the prefix cache has"),
-    Field("computed", Kind.INT, "leading tokens whose KV `on` holds already"),
-    Field("chunk", Kind.INT, "most tokens of it in a step; 0: no bound"),
+    Field("cached", Kind.INT, "leading tokens whose KV the prefix cache has", least=0),
+    Field("computed", Kind.INT, "leading tokens whose KV `on` holds already", least=0),
+    Field("chunk", Kind.INT, "most tokens of it in a step; 0: no bound", least=0),
     Field("on", Kind.SYMBOL, "instance that computes its prompt"),
     Field("decode_on", Kind.SYMBOL, "instance that decodes it"),
     Field("text", Kind.TEXT, "the prompt itself, where it is known"),
@@ -131,20 +156,22 @@ REQUEST_FIELDS: Fields = (
 
 RESIDENT_FIELDS: Fields = (
     Field("on", Kind.SYMBOL, "instance that holds its KV", required=True, header=True),
-    Field("context", Kind.INT, "tokens of KV it has", required=True),
-    Field("remaining", Kind.INT, "tokens to sample at most; none: until it stops", UNBOUNDED),
-    Field("arrived", Kind.INT, "when, us"),
-    Field("deadline", Kind.INT, "when its next token is late, us; 0: never"),
+    Field("context", Kind.INT, "tokens of KV it has", required=True, least=1),
+    Field(
+        "remaining", Kind.INT, "tokens to sample at most; none: until it stops", UNBOUNDED, least=0
+    ),
+    Field("arrived", Kind.INT, "when, us", least=0),
+    Field("deadline", Kind.INT, "when its next token is late, us; 0: never", least=0),
     *_CLIENT,
     Field("arriving", Kind.FLAG, "its KV is still on the way"),
 )
 
 DECIDE_FIELDS: Fields = (
     Field("verdict", Kind.CHOICE, "what the strategy says", required=True, choices=VERDICTS),
-    Field("rank", Kind.INT, "order among the admitted, from 0"),
+    Field("rank", Kind.INT, "order among the admitted, from 0", least=0),
     Field("prefill_on", Kind.SYMBOL, "instance for its prompt, if the strategy cares"),
     Field("decode_on", Kind.SYMBOL, "instance for its output, if the strategy cares"),
-    Field("chunk", Kind.INT, "most tokens of it in a step; 0: no bound"),
+    Field("chunk", Kind.INT, "most tokens of it in a step; 0: no bound", least=0),
     Field("because", Kind.WORD, "why, for people"),
 )
 
@@ -162,25 +189,27 @@ PREEMPT_FIELDS: Fields = (
 TRANSFER_FIELDS: Fields = (
     Field("source", Kind.SYMBOL, "instance the KV leaves", required=True, header=True),
     Field("target", Kind.SYMBOL, "instance it goes to", required=True, header=True),
-    Field("bytes", Kind.INT, "size of the KV"),
-    Field("us", Kind.INT, "predicted time, with what shares the links"),
+    Field("bytes", Kind.INT, "size of the KV", least=0),
+    Field("us", Kind.INT, "predicted time, with what shares the links", least=0),
     Field("via", Kind.WORD, "the devices and switches passed"),
 )
 
 STEP_FIELDS: Fields = (
-    Field("prompt", Kind.INT, "tokens to compute before the next is sampled", required=True),
-    Field("computed", Kind.INT, "tokens of KV when the steps begin"),
-    Field("cached", Kind.INT, "leading tokens taken from the prefix cache"),
-    Field("blocks", Kind.INT, "KV blocks reserved for all the steps", required=True),
-    Field("deadline", Kind.INT, "when its next token is late, us; 0: never"),
-    Field("begin", Kind.INT, "first step it may decode in"),
-    Field("until", Kind.INT, "tokens of KV after its last decode; 0: it does not decode"),
+    Field(
+        "prompt", Kind.INT, "tokens to compute before the next is sampled", required=True, least=0
+    ),
+    Field("computed", Kind.INT, "tokens of KV when the steps begin", least=0),
+    Field("cached", Kind.INT, "leading tokens taken from the prefix cache", least=0),
+    Field("blocks", Kind.INT, "KV blocks reserved for all the steps", required=True, least=0),
+    Field("deadline", Kind.INT, "when its next token is late, us; 0: never", least=0),
+    Field("begin", Kind.INT, "first step it may decode in", least=0),
+    Field("until", Kind.INT, "tokens of KV after its last decode; 0: it does not decode", least=0),
     Field("source", Kind.SYMBOL, "instance its KV comes from"),
     Field("target", Kind.SYMBOL, "instance its KV goes to"),
 )
 
 
-class TableOp(IRDLOperation):
+class TableOp(TextOp):
     """An op whose table has the fields FIELDS and a row for each of `ids`."""
 
     FIELDS: ClassVar[Fields] = ()
@@ -203,16 +232,9 @@ class TableOp(IRDLOperation):
 
     def verify_(self) -> None:
         if not isinstance(self.properties.get("ids"), NamesAttr):
-            raise VerifyException(f"{self.name}: 'ids' must be a #pd.names")
-        verify_rows(self, self.FIELDS, len(self.names))
+            raise VerifyException(f"{self.name}: 'ids' must be a #pd.names, a name a row")
+        verify_rows(self, self.FIELDS, self.names)
         verify_unique(self, self.names)
-
-    def _at_least(self, name: str, least: int, why: str) -> None:
-        column = self.column(name)
-        if column.size and (row := int(column.argmin())) >= 0 and column[row] < least:
-            raise VerifyException(
-                f"{self.name}: {quoted(self.names[row])}: {name} {column[row]}; {why}"
-            )
 
 
 def _print_types(printer: Printer, types: Sequence[Attribute]) -> None:
@@ -228,16 +250,6 @@ def _check_type(parser: Parser, derived: Attribute) -> None:
             parser.raise_error(f"the type is {written}, but the rows make it {derived}", at)
 
 
-@irdl_op_definition
-class YieldOp(IRDLOperation):
-    """The values that a graph or a phase gives: `pd.yield %end`"""
-
-    name = "pd.yield"
-    values = var_operand_def()
-    traits = traits_def(IsTerminator())
-    assembly_format = "($values^ `:` type($values))? attr-dict"
-
-
 _GRAPH_SCALARS: Scalars = (
     Scalar("policy", "strategy that decided", ""),
     Scalar("mode", "how phases share an instance", "hybrid", choices=MODES),
@@ -249,10 +261,12 @@ _GRAPH_SCALARS: Scalars = (
 
 @irdl_op_definition
 @declares(_GRAPH_SCALARS)
-class GraphOp(IRDLOperation):
+class GraphOp(TextOp):
     """A serving graph: one decision of a strategy, or a whole file of requests.
 
     `pd.graph @round_42 {policy = "fifo", mode = "hybrid", now = 1834000, horizon = 16} { ... }`
+
+    What passes note for people stands after it: `attributes {placement = "..."}`.
     """
 
     name = "pd.graph"
@@ -280,28 +294,36 @@ class GraphOp(IRDLOperation):
 
     def verify_(self) -> None:
         verify_scalars(self, self.SCALARS)
-        if not isinstance(self.body.block.last_op, YieldOp):
-            raise VerifyException(f"pd.graph {symbol(self.symbol)} must end with pd.yield")
+        _verify_body(self.body, f"pd.graph {symbol(self.symbol)}")
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(f" {symbol(self.symbol)}")
         print_scalars(printer, self, self.SCALARS)
+        if self.attributes:
+            printer.print_op_attributes(self.attributes, print_keyword=True)
         printer.print_string(" ")
         printer.print_region(self.body, print_entry_block_args=False)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         properties: dict[str, Attribute] = {"sym_name": parser.parse_symbol_name()}
-        if _brace_holds_scalars(parser, cls.SCALARS):
+        if opens_scalars(parser):
             properties |= parse_scalars(parser, cls.SCALARS)
-        return cls.create(properties=properties, regions=[_parse_body(parser)])
+        notes = parser.parse_optional_attr_dict_with_keyword()
+        return cls.create(
+            properties=properties,
+            attributes=notes.data if notes is not None else {},
+            regions=[_parse_body(parser)],
+        )
 
 
-def _brace_holds_scalars(parser: Parser, scalars: Scalars) -> bool:
-    """Whether the next brace opens `{name = value}` and not a body."""
-    text = str(parser.lexer.input.content[parser.pos : parser.pos + 256])
-    first = re.match(r"\{\s*(\w+)\s*=", text)
-    return first is not None and first[1] in {scalar.name for scalar in scalars}
+def _verify_body(body: Region, what: str) -> None:
+    if body.block.args:
+        raise VerifyException(
+            f"{what} has block arguments; requests come in by pd.requests and pd.resident"
+        )
+    if not isinstance(body.block.last_op, YieldOp):
+        raise VerifyException(f"{what} must end with pd.yield")
 
 
 def _parse_body(parser: Parser) -> Region:
@@ -324,7 +346,7 @@ _PHASE_SCALARS: Scalars = (
 
 @irdl_op_definition
 @declares(_PHASE_SCALARS)
-class PhaseOp(IRDLOperation):
+class PhaseOp(TextOp):
     """A sub-graph of one phase, with the resources that it needs.
 
     `%kv = pd.phase prefill {compute_tokens = 1120} { ... pd.yield %0 : !pd.kv<2> } : !pd.kv<2>`
@@ -335,6 +357,7 @@ class PhaseOp(IRDLOperation):
     phase = prop_def(StringAttr)
     outs = var_result_def(KVType)
     body = region_def("single_block")
+    traits = traits_def(HasParent(GraphOp))
 
     def verify_(self) -> None:
         verify_scalars(self, self.SCALARS)
@@ -342,17 +365,17 @@ class PhaseOp(IRDLOperation):
             raise VerifyException(
                 f"pd.phase: '{self.phase.data}' is no phase; one of: {', '.join(PHASES)}"
             )
+        _verify_body(self.body, "pd.phase")
         last = self.body.block.last_op
-        if not isinstance(last, YieldOp):
-            raise VerifyException("pd.phase must end with pd.yield")
+        assert last is not None
         given, taken = [str(t) for t in last.operand_types], [str(t) for t in self.result_types]
         if given != taken:
             raise VerifyException(
-                f"pd.phase yields {', '.join(given) or 'nothing'} "
-                f"for results {', '.join(taken) or 'of none'}"
+                f"pd.phase yields {', '.join(given) or 'nothing'}, but its results are "
+                f"{', '.join(taken) or 'none'}; both must be the same"
             )
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(f" {self.phase.data}")
         print_scalars(printer, self, self.SCALARS)
         printer.print_string(" ")
@@ -361,16 +384,37 @@ class PhaseOp(IRDLOperation):
             _print_types(printer, self.result_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
-        phase = parser.parse_keyword_in(PHASES, "prefill or decode expected")
+    def parse_text(cls, parser: Parser) -> Self:
+        phase = parser.parse_keyword_in(PHASES, f"expected a phase: {' or '.join(PHASES)}")
         properties: dict[str, Attribute] = {"phase": StringAttr(phase)}
-        if _brace_holds_scalars(parser, cls.SCALARS):
+        if opens_scalars(parser):
             properties |= parse_scalars(parser, cls.SCALARS)
         body = _parse_body(parser)
         types: list[Attribute] = []
         if parser.parse_optional_punctuation(":"):
             types = parser.parse_comma_separated_list(parser.Delimiter.NONE, parser.parse_type)
         return cls.create(properties=properties, regions=[body], result_types=types)
+
+
+@irdl_op_definition
+class YieldOp(TextOp):
+    """The values that a graph or a phase gives: `pd.yield %end : !pd.kv<3>`"""
+
+    name = "pd.yield"
+    values = var_operand_def()
+    traits = traits_def(IsTerminator(), HasParent(GraphOp, PhaseOp))
+
+    def print_text(self, printer: Printer) -> None:
+        if self.values:
+            printer.print_string(" ")
+            printer.print_list(self.values, printer.print_operand)
+            _print_types(printer, self.operand_types)
+
+    @classmethod
+    def parse_text(cls, parser: Parser) -> Self:
+        begin = str(parser.lexer.input.content[parser.pos : parser.pos + 1])
+        operands = parse_operands(parser) if begin == "%" else []
+        return cls.create(operands=resolve_typed(parser, operands) if operands else [])
 
 
 class _SourceOp(TableOp):
@@ -382,16 +426,16 @@ class _SourceOp(TableOp):
         super().verify_()
         if rows_of(self.results[0]) != len(self.names):
             raise VerifyException(
-                f"{self.name}: the result is {self.results[0].type}, "
-                f"but there are {len(self.names)} rows"
+                f"{self.name}: the result is {self.results[0].type}, but {len(self.names)} rows "
+                f"make it {self.RESULT(len(self.names))}"
             )
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         print_table(printer, self, self.FIELDS)
         _print_types(printer, self.result_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         op = cls.of(parse_table(parser, cls.FIELDS))
         _check_type(parser, op.results[0].type)
         return op
@@ -415,15 +459,14 @@ class RequestsOp(_SourceOp):
 
     def verify_(self) -> None:
         super().verify_()
-        self._at_least("prompt", 1, "a request has at least one token")
-        self._at_least("generate", 1, "a request samples at least one token")
-        self._at_least("samples", 1, "a request has at least one output")
         prompt, held = self.column("prompt"), self.column("computed") + self.column("cached")
+        # Columns are 0 or more each, so that a sum below 0 has overflowed.
         if (bad := np.flatnonzero((held < 0) | (held >= prompt))).size:
             row = int(bad[0])
+            computed, cached = self.column("computed")[row], self.column("cached")[row]
             raise VerifyException(
-                f"pd.requests: {quoted(self.names[row])}: {held[row]} of {prompt[row]} tokens have "
-                "KV; the last is always computed, for its logits"
+                f"pd.requests: {quoted(self.names[row])}: computed {computed} and cached {cached} "
+                f"of prompt {prompt[row]}; the last token is always computed, for its logits"
             )
 
 
@@ -437,33 +480,42 @@ class ResidentOp(_SourceOp):
     RESULT: ClassVar[type[SizedType]] = KVType
     kv = result_def(KVType)
 
-    def verify_(self) -> None:
-        super().verify_()
-        self._at_least("context", 1, "a resident has KV")
-        self._at_least("remaining", 0, "0 where it is done")
-
 
 class OverOp(TableOp):
     """An op that says something of some rows of its operand: `name %x TABLE : type of %x`."""
 
     GIVES: ClassVar[bool] = True
 
-    def print(self, printer: Printer) -> None:
+    def verify_(self) -> None:
+        super().verify_()
+        operand = self.operands[0]
+        if len(self.names) > rows_of(operand):
+            raise VerifyException(
+                f"{self.name}: {len(self.names)} rows say something of {operand.type}; "
+                f"there are {rows_of(operand)}"
+            )
+        given, derived = self.result_types, self._result_type(operand, self.properties)
+        if self.GIVES and given[0] != derived:
+            raise VerifyException(
+                f"{self.name}: of {operand.type} it gives {derived}, not {given[0]}"
+            )
+
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(" ")
         printer.print_operand(self.operands[0])
         print_table(printer, self, self.FIELDS)
         _print_types(printer, self.operand_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         operand = parser.parse_unresolved_operand()
         properties = parse_table(parser, cls.FIELDS)
-        parser.parse_punctuation(":", " and the operand's type")
-        at = parser.pos
-        kind = parser.parse_type()
-        if not isinstance(kind, SizedType):
-            parser.raise_error(f"{cls.name} takes a !pd.wave or a !pd.kv, not {kind}", at)
-        return cls.over(parser.resolve_operand(operand, kind), properties)
+        (value,) = resolve_typed(parser, [operand])
+        if not isinstance(value.type, SizedType):
+            parser.raise_error(
+                f"{cls.name} takes a !pd.wave or a !pd.kv, not {value.type}", operand.span
+            )
+        return cls.over(value, properties)
 
     @classmethod
     def over(cls, operand: SSAValue, columns: Mapping[str, Attribute]) -> Self:
@@ -492,14 +544,6 @@ class DecideOp(OverOp):
     decided = operand_def(_WAVE_OR_KV)
     verdicts = result_def(_WAVE_OR_KV)
 
-    def verify_(self) -> None:
-        super().verify_()
-        if self.verdicts.type != self.decided.type:
-            raise VerifyException(
-                f"pd.decide: gives {self.verdicts.type} of {self.decided.type}; "
-                "apply-decision takes the rows out, pd.decide does not"
-            )
-
 
 @irdl_op_definition
 @declares_rows(LEAVE_FIELDS)
@@ -509,11 +553,18 @@ class LeaveOp(TableOp):
     name = "pd.leave"
     FIELDS: ClassVar[Fields] = LEAVE_FIELDS
 
-    def print(self, printer: Printer) -> None:
+    def verify_(self) -> None:
+        super().verify_()
+        verdicts = self.column("verdict")
+        if (admitted := np.flatnonzero(verdicts == ADMIT)).size:
+            name = quoted(self.names[int(admitted[0])])
+            raise VerifyException(f"pd.leave: {name} is admitted; who leaves is {_LEAVES}")
+
+    def print_text(self, printer: Printer) -> None:
         print_table(printer, self, self.FIELDS)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         return cls.create(properties=parse_table(parser, cls.FIELDS))
 
 
@@ -538,13 +589,13 @@ class PreemptOp(OverOp):
 
     def verify_(self) -> None:
         super().verify_()
-        if rows_of(self.rest) != rows_of(self.kv) - len(self.names):
-            raise VerifyException(
-                f"pd.preempt: {self.kv.type} less {len(self.names)} rows is not {self.rest.type}"
-            )
         verdicts = self.column("verdict")
-        if not np.isin(verdicts, (PREEMPT, SWAP)).all():
-            raise VerifyException("pd.preempt: a row's verdict is 'preempt' or 'swap'")
+        if (bad := np.flatnonzero(~np.isin(verdicts, (PREEMPT, SWAP)))).size:
+            row = int(bad[0])
+            raise VerifyException(
+                f"pd.preempt: {quoted(self.names[row])}: {VERDICTS[verdicts[row]]}; "
+                "it is preempt or swap"
+            )
 
 
 @irdl_op_definition
@@ -577,9 +628,9 @@ def _print_placed(printer: Printer, op: Operation, name: str) -> None:
     if not isinstance(attr, WordsAttr):
         return
     printer.print_string(f" {name} ")
-    if len(attr.words) == 1:
-        printer.print_string(symbol(attr.words[0]))
-    elif len(attr) > READABLE_ROWS:
+    if (one := attr.only()) is not None:
+        printer.print_string(symbol(one))
+    elif len(attr) > READABLE_ROWS or not has_sound_codes(attr):
         printer.print_attribute(attr)
     else:
         printer.print_string(f"[{', '.join(map(symbol, attr.rows()))}]")
@@ -589,6 +640,7 @@ def _parse_placed(parser: Parser, name: str) -> str | Attribute | None:
     """What `_print_placed` prints: an instance for all, a column, or None where it is not there."""
     if not parser.parse_optional_keyword(name):
         return None
+    at = parser.pos
     names = parser.parse_optional_comma_separated_list(
         parser.Delimiter.SQUARE, lambda: parser.parse_symbol_name().data
     )
@@ -596,7 +648,11 @@ def _parse_placed(parser: Parser, name: str) -> str | Attribute | None:
         return WordsAttr.from_rows(names)
     if (one := parser.parse_optional_symbol_name()) is not None:
         return one.data
-    return parser.parse_attribute()
+    if not isinstance(attr := parser.parse_optional_attribute(), WordsAttr):
+        parser.raise_error(
+            f"expected @instance, [@a, @b, ...] or #pd.words<...> after '{name}'", at
+        )
+    return attr
 
 
 def _placed_column(placed: str | Attribute, rows: int) -> Attribute:
@@ -607,12 +663,27 @@ def _verify_placed(op: Operation, rows: int) -> None:
     attr = op.properties.get("on")
     if attr is None:
         return
-    if not isinstance(attr, WordsAttr) or len(attr) != rows:
-        raise VerifyException(f"{op.name}: 'on' must be a #pd.words of {rows} rows, not {attr}")
+    if not isinstance(attr, WordsAttr):
+        raise VerifyException(f"{op.name}: 'on' must be a #pd.words, not {brief(attr)}")
+    if len(attr) != rows:
+        raise VerifyException(
+            f"{op.name}: 'on' names instances for {len(attr)} rows; there are {rows}"
+        )
+    if not has_sound_codes(attr):
+        raise VerifyException(
+            f"{op.name}: 'on' has codes outside [0, {len(attr.words)}), the number of its words"
+        )
+
+
+def _parse_count(parser: Parser, name: str) -> IntegerAttr | None:
+    """`name 16`, if it is there."""
+    if not parser.parse_optional_keyword(name):
+        return None
+    return IntegerAttr(parse_int64(parser), i64)
 
 
 @irdl_op_definition
-class PrefillOp(IRDLOperation):
+class PrefillOp(TextOp):
     """Compute the prompts of a wave and sample each one's first token.
 
     `%kv = pd.prefill %go chunk 64 on @p0 bounds [[0, 64, 96], [0, 64, 128]] : !pd.kv<2>`
@@ -623,7 +694,7 @@ class PrefillOp(IRDLOperation):
 
     name = "pd.prefill"
     wave = operand_def(WaveType)
-    chunk = opt_prop_def(IntegerAttr)
+    chunk = opt_prop_def(_I64)
     on = opt_prop_def(WordsAttr)
     bounds = opt_prop_def(ListsAttr)
     kv = result_def(KVType)
@@ -636,20 +707,26 @@ class PrefillOp(IRDLOperation):
     def verify_(self) -> None:
         rows = rows_of(self.wave)
         if rows_of(self.kv) != rows:
-            raise VerifyException(f"pd.prefill: gives {self.kv.type} of {self.wave.type}")
+            raise VerifyException(
+                f"pd.prefill: of {self.wave.type} it gives {KVType(rows)}, not {self.kv.type}"
+            )
         if self.chunk is not None and self.chunk_tokens < 1:
-            raise VerifyException(f"pd.prefill: chunk {self.chunk_tokens}; at least 1")
+            raise VerifyException(f"pd.prefill: chunk {self.chunk_tokens}; 1 or more")
         _verify_placed(self, rows)
         if self.bounds is None:
             return
-        if len(self.bounds) != rows:
-            raise VerifyException(f"pd.prefill: bounds of {len(self.bounds)} rows; it has {rows}")
-        ascends = np.diff(self.bounds.values) > 0
-        ascends[self.bounds.offsets[1:-1] - 1] = True
-        if not ascends.all() or (rows and np.diff(self.bounds.offsets).min() < 2):
-            raise VerifyException("pd.prefill: each row's bounds ascend and are two or more")
+        if len(self.bounds) != rows or not self.bounds.is_sound():
+            raise VerifyException(
+                f"pd.prefill: bounds of {len(self.bounds)} rows; there are {rows}"
+            )
+        for row, bounds in enumerate(self.bounds.rows()):
+            if len(bounds) < 2 or bounds[0] < 0 or sorted(set(bounds)) != bounds:
+                raise VerifyException(
+                    f"pd.prefill: row {row} has bounds {bounds}; they ascend and are two or more: "
+                    "where its chunks begin, and the end"
+                )
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(" ")
         printer.print_operand(self.wave)
         if self.chunk is not None:
@@ -661,22 +738,16 @@ class PrefillOp(IRDLOperation):
         _print_types(printer, self.result_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         operand = parser.parse_unresolved_operand()
         properties: dict[str, Attribute] = {}
-        if parser.parse_optional_keyword("chunk"):
-            properties["chunk"] = IntegerAttr(parser.parse_integer(allow_boolean=False), i64)
+        if (chunk := _parse_count(parser, "chunk")) is not None:
+            properties["chunk"] = chunk
         placed = _parse_placed(parser, "on")
         if parser.parse_optional_keyword("bounds"):
-            properties["bounds"] = ListsAttr.of(
-                parser.parse_comma_separated_list(
-                    parser.Delimiter.SQUARE,
-                    lambda: parser.parse_comma_separated_list(
-                        parser.Delimiter.SQUARE, parser.parse_integer
-                    ),
-                )
-            )
-        rows = _parse_kv_rows(parser)
+            with parser.in_square_brackets():
+                properties["bounds"] = ListsAttr.of(parse_lists(parser))
+        rows = _parse_kv_rows(parser, operand)
         if placed is not None:
             properties["on"] = _placed_column(placed, rows)
         return cls.of(parser.resolve_operand(operand, WaveType(rows)), properties)
@@ -689,19 +760,25 @@ class PrefillOp(IRDLOperation):
         )
 
 
-def _parse_kv_rows(parser: Parser) -> int:
-    """`: !pd.kv<N>`; N."""
-    parser.parse_punctuation(":", " and the result's type")
+def _parse_kv_rows(parser: Parser, operand: UnresolvedOperand) -> int:
+    """N of the result's type `: !pd.kv<N>`, which a value that stands above makes unnecessary."""
     at = parser.pos
-    kind = parser.parse_type()
-    if not isinstance(kind, KVType):
-        parser.raise_error(f"expected a !pd.kv, not {kind}", at)
+    if parser.parse_optional_punctuation(":"):
+        if not isinstance(kind := parser.parse_type(), KVType):
+            parser.raise_error(f"the result is a !pd.kv, not {kind}", at)
+        return kind.data
+    kind = type_above(parser, operand)
+    if not isinstance(kind, SizedType):
+        parser.raise_error(f"expected a !pd.wave or a !pd.kv, not {kind}", operand.span)
     return kind.data
 
 
 @irdl_op_definition
-class JoinOp(IRDLOperation):
-    """One table of several: `%all = pd.join %old, %new : !pd.kv<1>, !pd.kv<2>`"""
+class JoinOp(TextOp):
+    """One table of several: `%all = pd.join %old, %new : !pd.kv<1>, !pd.kv<2>`
+
+    A join of nothing is an empty table: `%all = pd.join none`
+    """
 
     name = "pd.join"
     parts = var_operand_def(KVType)
@@ -710,28 +787,28 @@ class JoinOp(IRDLOperation):
     def verify_(self) -> None:
         total = sum(map(rows_of, self.parts))
         if rows_of(self.kv) != total:
-            raise VerifyException(f"pd.join: {total} rows come in, {self.kv.type} goes out")
+            raise VerifyException(
+                f"pd.join: of {total} rows it gives {KVType(total)}, not {self.kv.type}"
+            )
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
+        if not self.parts:
+            printer.print_string(" none")
+            return
         printer.print_string(" ")
         printer.print_list(self.parts, printer.print_operand)
-        if self.parts:
-            _print_types(printer, self.operand_types)
+        _print_types(printer, self.operand_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
+        if parser.parse_optional_keyword("none"):
+            return cls.of([])
         at = parser.pos
-        parts = parser.parse_optional_undelimited_comma_separated_list(
-            parser.parse_optional_unresolved_operand, parser.parse_unresolved_operand
-        )
-        types: list[Attribute] = []
-        if parts:
-            parser.parse_punctuation(":", " and the operands' types")
-            types = [*parser.parse_comma_separated_list(parser.Delimiter.NONE, parser.parse_type)]
-        for kind in types:
-            if not isinstance(kind, KVType):
-                parser.raise_error(f"pd.join takes !pd.kv, not {kind}", at)
-        return cls.of(parser.resolve_operands(parts or [], types, at))
+        parts = resolve_typed(parser, parse_operands(parser))
+        for part in parts:
+            if not isinstance(part.type, KVType):
+                parser.raise_error(f"pd.join takes !pd.kv, not {part.type}", at)
+        return cls.of(parts)
 
     @classmethod
     def of(cls, parts: Sequence[SSAValue]) -> Self:
@@ -740,7 +817,7 @@ class JoinOp(IRDLOperation):
 
 
 @irdl_op_definition
-class DecodeOp(IRDLOperation):
+class DecodeOp(TextOp):
     """Sample a token a step for each row: `%end = pd.decode %all steps 16 on @d0 : !pd.kv<3>`
 
     on: the instance of each row. steps: at most; 0 or nothing: until they are done.
@@ -748,7 +825,7 @@ class DecodeOp(IRDLOperation):
 
     name = "pd.decode"
     kv = operand_def(KVType)
-    steps = opt_prop_def(IntegerAttr)
+    steps = opt_prop_def(_I64)
     on = opt_prop_def(WordsAttr)
     end = result_def(KVType)
 
@@ -759,12 +836,14 @@ class DecodeOp(IRDLOperation):
 
     def verify_(self) -> None:
         if self.end.type != self.kv.type:
-            raise VerifyException(f"pd.decode: gives {self.end.type} of {self.kv.type}")
+            raise VerifyException(
+                f"pd.decode: of {self.kv.type} it gives the same type, not {self.end.type}"
+            )
         if self.max_steps < 0:
             raise VerifyException(f"pd.decode: steps {self.max_steps}; 0 (all) or more")
         _verify_placed(self, rows_of(self.kv))
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(" ")
         printer.print_operand(self.kv)
         if self.steps is not None:
@@ -773,13 +852,13 @@ class DecodeOp(IRDLOperation):
         _print_types(printer, self.result_types)
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         operand = parser.parse_unresolved_operand()
         properties: dict[str, Attribute] = {}
-        if parser.parse_optional_keyword("steps"):
-            properties["steps"] = IntegerAttr(parser.parse_integer(allow_boolean=False), i64)
+        if (steps := _parse_count(parser, "steps")) is not None:
+            properties["steps"] = steps
         placed = _parse_placed(parser, "on")
-        rows = _parse_kv_rows(parser)
+        rows = _parse_kv_rows(parser, operand)
         if placed is not None:
             properties["on"] = _placed_column(placed, rows)
         return cls.of(parser.resolve_operand(operand, KVType(rows)), properties)
@@ -815,7 +894,7 @@ class StepsOp(TableOp):
     name = "pd.steps"
     FIELDS: ClassVar[Fields] = STEP_FIELDS
     SCALARS: ClassVar[Scalars] = _STEPS_SCALARS
-    instance = prop_def(SymbolRefAttr)
+    instance = prop_def(FlatSymbolRefAttrConstr)
     scheduled = var_operand_def()
     chunk_step = prop_def(ColumnAttr)
     chunk_row = prop_def(ColumnAttr)
@@ -848,25 +927,49 @@ class StepsOp(TableOp):
     def verify_(self) -> None:
         super().verify_()
         verify_scalars(self, self.SCALARS)
-        lengths = {len(column) for column in self.chunks}
-        if len(lengths) > 1:
-            raise VerifyException("pd.steps: the chunk columns have different lengths")
+        self._verify_chunks()
+        for name in _ESTIMATE_COLUMNS:
+            column = self.properties.get(name)
+            if isinstance(column, ColumnAttr) and len(column) != self.number("num_steps"):
+                raise VerifyException(
+                    f"pd.steps: {name} has {len(column)} rows; it has one a step, "
+                    f"{self.number('num_steps')}"
+                )
+
+    def _verify_chunks(self) -> None:
+        if len({len(column) for column in self.chunks}) > 1:
+            lengths = ", ".join(str(len(column)) for column in self.chunks)
+            raise VerifyException(f"pd.steps: chunk columns of {lengths} rows; all have the same")
         step, row, begin, end = self.chunks
         self._verify_range("chunk_row", row, len(self.names))
         self._verify_range("chunk_step", step, self.number("num_steps"))
         if step.size and (np.diff(step) < 0).any():
             raise VerifyException("pd.steps: chunks must be in the order of their steps")
-        if (bad := np.flatnonzero((begin < 0) | (end <= begin))).size:
-            at = int(bad[0])
-            raise VerifyException(
-                f"pd.steps: {quoted(self.names[row[at]])}: chunk [{begin[at]}, {end[at]}) is empty"
-            )
+        self._refuse_chunk((begin < 0) | (end <= begin), "is empty; begin is before end")
+        self._refuse_chunk(end > self.column("prompt")[row], "ends behind its prompt")
+        order = np.argsort(row, kind="stable")
+        again = np.flatnonzero(row[order][1:] == row[order][:-1]) + 1
+        overlaps = begin[order[again]] < end[order[again - 1]]
+        self._refuse_chunk(
+            np.isin(np.arange(len(row)), order[again[overlaps]]),
+            "begins before the end of the chunk before it",
+        )
+
+    def _refuse_chunk(self, wrong: np.ndarray[Any, np.dtype[np.bool_]], why: str) -> None:
+        if not wrong.any():
+            return
+        at = int(wrong.argmax())
+        step, row, begin, end = (int(column[at]) for column in self.chunks)
+        raise VerifyException(
+            f"pd.steps: step {step}: {quoted(self.names[row])}: chunk [{begin}, {end}) {why}"
+        )
 
     def _verify_range(self, name: str, column: Ints, end: int) -> None:
         if column.size and not 0 <= int(column.min()) <= int(column.max()) < end:
-            raise VerifyException(f"pd.steps: {name} must be in [0, {end})")
+            bad = column[(column < 0) | (column >= end)][0]
+            raise VerifyException(f"pd.steps: {name} {bad}; it is in [0, {end})")
 
-    def print(self, printer: Printer) -> None:
+    def print_text(self, printer: Printer) -> None:
         printer.print_string(f" {symbol(self.instance_name)}")
         if self.scheduled:
             printer.print_string(" of ")
@@ -881,11 +984,18 @@ class StepsOp(TableOp):
         if self.scheduled:
             _print_types(printer, self.operand_types)
 
+    def _has_readable_chunks(self) -> bool:
+        """Whether text can show them: each is of a row that the table above has."""
+        step, row, begin, end = self.chunks
+        if not len(step) == len(row) == len(begin) == len(end):
+            return False
+        return 0 <= int(row.min()) <= int(row.max()) < len(self.names)
+
     def _print_chunks(self, printer: Printer) -> None:
         if not len(self.chunk_step):
             return
         printer.print_string(" chunks ")
-        if len(self.chunk_step) > READABLE_ROWS:
+        if len(self.chunk_step) > READABLE_ROWS or not self._has_readable_chunks():
             printer.print_attr_dict({name: self.properties[name] for name in _CHUNK_COLUMNS})
             return
         printer.print_string("{")
@@ -894,29 +1004,18 @@ class StepsOp(TableOp):
             for step, chunks in itertools.groupby(rows, key=lambda chunk: chunk[0]):
                 cells = (f"{quoted(self.names[row])} [{b}, {e})" for _, row, b, e in chunks)
                 printer.print_string(f"\n{step}: {', '.join(cells)};")
-        printer.print_string(f"\n}}")
+        printer.print_string("\n}")
 
     @classmethod
-    def parse(cls, parser: Parser) -> Self:
+    def parse_text(cls, parser: Parser) -> Self:
         properties: dict[str, Attribute] = {"instance": SymbolRefAttr(parser.parse_symbol_name())}
-        at = parser.pos
-        operands = (
-            parser.parse_comma_separated_list(
-                parser.Delimiter.NONE, parser.parse_unresolved_operand
-            )
-            if parser.parse_optional_keyword("of")
-            else []
-        )
+        operands = parse_operands(parser) if parser.parse_optional_keyword("of") else []
         properties |= parse_scalars(parser, cls.SCALARS) | parse_table(parser, cls.FIELDS)
         properties |= _parse_chunks(parser, properties)
         if parser.parse_optional_keyword("estimates"):
-            properties |= parser.parse_optional_dictionary_attr_dict()
-        types: Sequence[Attribute] = []
-        if operands:
-            parser.parse_punctuation(":", " and the operands' types")
-            types = parser.parse_comma_separated_list(parser.Delimiter.NONE, parser.parse_type)
+            properties |= _parse_columns(parser, _ESTIMATE_COLUMNS)
         return cls.create(
-            operands=parser.resolve_operands(operands, types, at), properties=properties
+            operands=resolve_typed(parser, operands) if operands else [], properties=properties
         )
 
 
@@ -925,17 +1024,63 @@ def _parse_chunks(parser: Parser, properties: Mapping[str, Attribute]) -> dict[s
     empty: dict[str, Attribute] = {name: ColumnAttr.of([]) for name in _CHUNK_COLUMNS}
     if not parser.parse_optional_keyword("chunks"):
         return empty
-    text = str(parser.lexer.input.content[parser.pos : parser.pos + 64])
-    if text[1:].lstrip().startswith("chunk_"):
-        return empty | parser.parse_optional_dictionary_attr_dict()
+    if opens_scalars(parser):
+        return empty | _parse_columns(parser, _CHUNK_COLUMNS)
     ids = properties["ids"]
     assert isinstance(ids, NamesAttr)
-    chunks = Scanner(parser).chunks({name: row for row, name in enumerate(ids.data)})
+    chunks = _Chunks(parser).scan({name: row for row, name in enumerate(ids.data)})
     columns = np.array(chunks, np.int64).reshape(-1, 4).T
     return {
         name: ColumnAttr.of(np.ascontiguousarray(column))
         for name, column in zip(_CHUNK_COLUMNS, columns, strict=True)
     }
+
+
+def _parse_columns(parser: Parser, names: Sequence[str]) -> dict[str, Attribute]:
+    """`{name = #pd.column<...>, ...}` of some of `names`."""
+    at = parser.pos
+    columns = parser.parse_optional_dictionary_attr_dict()
+    for name, attr in columns.items():
+        if name not in names:
+            parser.raise_error(f"no column '{name[:40]}' here; there are: {', '.join(names)}", at)
+        if not isinstance(attr, ColumnAttr):
+            parser.raise_error(f"'{name}' must be a #pd.column, not {brief(attr)}", at)
+    return columns
+
+
+class _Chunks(Scanner):
+    """Reads `{0: "a" [0, 64), "b" [0, 32); 1: ...}`."""
+
+    def scan(self, rows: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
+        """The chunks as (step, row, begin, end); rows are the numbers of the ids."""
+        chunks: list[tuple[int, int, int, int]] = []
+        self.expect("{")
+        self.next()
+        while self.value != "}":
+            step = self.integer("a step's number or '}'")
+            self.expect(":")
+            chunks.append((step, *self._chunk(rows)))
+            while self.next() == ",":
+                chunks.append((step, *self._chunk(rows)))
+            if self.value == ";":
+                self.next()
+            elif self.value != "}":
+                self.expected("',', ';' or '}' after a chunk")
+        self.finish()
+        return chunks
+
+    def _chunk(self, rows: Mapping[str, int]) -> tuple[int, int, int]:
+        self.next()
+        if (row := rows.get(self.string("a request's id"))) is None:
+            self.error(f"no row {self.value[:40]} in the table above")
+        self.expect("[")
+        self.next()
+        begin = self.integer("where the chunk begins")
+        self.expect(",")
+        self.next()
+        end = self.integer("where the chunk ends")
+        self.expect(")")
+        return row, begin, end
 
 
 PD = Dialect(

@@ -6,14 +6,15 @@
     ]
 
 An op declares its fields once, in a tuple; they parse, print, verify and document themselves. Rows
-are scanned with one regular expression, five times faster than token by token through xDSL's
-lexer: a file may hold ten thousand. Above READABLE_ROWS a table prints as the columns' attributes.
+are scanned a cell at a time with regular expressions, ten times faster than token by token through
+xDSL's lexer: a file may hold ten thousand. Above READABLE_ROWS a table prints as the columns'
+attributes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn, TypeVar
@@ -65,6 +66,7 @@ class Field:
     default: what a row has that does not say; a column of nothing else may be left out.
     choices: the keywords of a CHOICE, whose codes count from 0. A CHOICE prints without `name`.
     header: where all rows have the same symbol, it stands once, before the rows.
+    least: the smallest integer that makes sense; None: any does.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Field:
     required: bool = False
     choices: tuple[str, ...] = ()
     header: bool = False
+    least: int | None = None
 
 
 Fields = tuple[Field, ...]
@@ -102,35 +105,71 @@ def column_or(
     return np.full(rows, default, np.int64)
 
 
-def verify_rows(op: Operation, fields: Fields, rows: int) -> None:
-    """Raise unless every column of the op has `rows` rows and every choice exists."""
+def verify_rows(op: Operation, fields: Fields, ids: Sequence[str]) -> None:
+    """Raise unless every column of the op has a row for each of `ids`, and values that exist."""
     for field in fields:
         attr = op.properties.get(field.name)
         if attr is None:
-            if field.required and rows:
-                raise VerifyException(f"{op.name}: column '{field.name}' is missing")
+            if field.required and ids:
+                raise VerifyException(
+                    f"{op.name}: column '{field.name}' is missing: {_meaning(field)}"
+                )
             continue
         if not isinstance(attr, _ATTR[field.kind]):
             raise VerifyException(
-                f"{op.name}: '{field.name}' must be {_ATTR_NAME[field.kind]}, not {attr}"
+                f"{op.name}: '{field.name}' must be {_ATTR_NAME[field.kind]}, not {brief(attr)}"
             )
-        if len(attr) != rows:
+        if len(attr) != len(ids):
             raise VerifyException(
-                f"{op.name}: column '{field.name}' has {len(attr)} rows where the op has {rows}"
+                f"{op.name}: column '{field.name}' has {len(attr)} rows where the op has {len(ids)}"
             )
-        if field.kind in (Kind.CHOICE, Kind.FLAG) and rows:
-            _verify_codes(op, field, attr)
+        if ids:
+            _verify_values(op, field, attr, ids)
 
 
-def _verify_codes(op: Operation, field: Field, attr: Attribute) -> None:
-    assert isinstance(attr, ColumnAttr)
-    count = len(field.choices) or 2
-    low, high = int(attr.array.min()), int(attr.array.max())
+def _verify_values(op: Operation, field: Field, attr: Attribute, ids: Sequence[str]) -> None:
+    match attr:
+        case ColumnAttr() if field.kind is Kind.INT:
+            if field.least is not None and (row := int(attr.array.argmin())) >= 0:
+                value = attr.array[row]
+                if value < field.least:
+                    raise VerifyException(
+                        f"{op.name}: {quoted(ids[row])}: {field.name} {value}; "
+                        f"{field.least} or more ({_meaning(field)})"
+                    )
+        case ColumnAttr():
+            _verify_codes(op, field, attr, len(field.choices) or 2)
+        case WordsAttr():
+            _verify_codes(op, field, attr, len(attr.words))
+        case ListsAttr() if not attr.is_sound():
+            raise VerifyException(
+                f"{op.name}: column '{field.name}' has offsets that do not ascend"
+            )
+
+
+def _verify_codes(op: Operation, field: Field, attr: ColumnAttr | WordsAttr, count: int) -> None:
+    codes = attr.array if isinstance(attr, ColumnAttr) else attr.codes
+    low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= count:
         bad = low if low < 0 else high
         raise VerifyException(
-            f"{op.name}: column '{field.name}' holds {bad}; codes are [0, {count})"
+            f"{op.name}: column '{field.name}' holds code {bad}; codes are in [0, {count})"
         )
+
+
+def has_sound_codes(attr: WordsAttr) -> bool:
+    """Whether each code is that of a word."""
+    codes = attr.codes
+    return not len(codes) or bool(0 <= codes.min() <= codes.max() < len(attr.words))
+
+
+def _meaning(field: Field) -> str:
+    return f"{field.doc}: {' or '.join(field.choices)}" if field.choices else field.doc
+
+
+def brief(attr: Attribute) -> str:
+    """An attribute as a message names it: long columns by their kind alone."""
+    return f"a #{attr.name}" if isinstance(attr, tuple(_ATTR.values())) else str(attr)[:60]
 
 
 def verify_unique(op: Operation, ids: Sequence[str]) -> None:
@@ -146,11 +185,10 @@ def verify_unique(op: Operation, ids: Sequence[str]) -> None:
 
 def print_table(printer: Printer, op: Operation, fields: Fields) -> None:
     """Print the op's table: ` on @d0 [ rows ]`, or ` {columns}` where it is too long to read."""
-    ids = op.properties["ids"]
-    assert isinstance(ids, NamesAttr)
-    if len(ids) > READABLE_ROWS:
+    ids = op.properties.get("ids")
+    if not isinstance(ids, NamesAttr) or not _is_readable(op, fields, len(ids)):
         printer.print_string(" ")
-        names = ["ids", *(f.name for f in fields if f.name in op.properties)]
+        names = [name for name in ("ids", *(f.name for f in fields)) if name in op.properties]
         printer.print_attr_dict({name: op.properties[name] for name in names})
         return
     columns = []
@@ -158,8 +196,8 @@ def print_table(printer: Printer, op: Operation, fields: Fields) -> None:
         attr = op.properties.get(field.name)
         if attr is None:
             continue
-        if field.header and isinstance(attr, WordsAttr) and len(attr.words) == 1 and len(ids):
-            printer.print_string(f" {field.name} {symbol(attr.words[0])}")
+        if field.header and isinstance(attr, WordsAttr) and (word := attr.only()):
+            printer.print_string(f" {field.name} {symbol(word)}")
         else:
             columns.append(_cells(field, attr))
     rows = zip(*columns, strict=True) if columns else [()] * len(ids)
@@ -171,6 +209,15 @@ def print_table(printer: Printer, op: Operation, fields: Fields) -> None:
     if len(ids):
         printer.print_string("\n")
     printer.print_string("]")
+
+
+def _is_readable(op: Operation, fields: Fields, rows: int) -> bool:
+    """Whether rows can stand for the columns: few of them, and all as they should be."""
+    try:
+        verify_rows(op, fields, [""] * rows)
+    except VerifyException:
+        return False
+    return rows <= READABLE_ROWS
 
 
 def _cells(field: Field, attr: Attribute) -> list[str]:
@@ -202,15 +249,27 @@ def symbol(name: str) -> str:
 
 # Parsing
 
-_BARE_SYMBOL = re.compile(r"[A-Za-z_][\w$.-]*")
-_SPACE = r"(?:\s|//[^\n]*)*"
+_BARE_SYMBOL = re.compile(r"[A-Za-z_][\w$.]*", re.ASCII)
+_SPACE = r"(?:\s|//[^\n]*+)*+"
 _TOKEN = re.compile(
     _SPACE
     + r"""(?: (?P<string>"(?:[^"\\\n]|\\.)*")
-      | (?P<symbol>@(?:[A-Za-z_][\w$.-]*|"(?:[^"\\\n]|\\.)*"))
-      | (?P<int>-?\d+\b) | (?P<word>[A-Za-z_][\w-]*) | (?P<mark>[\[\](){}:;,]) )""",
-    re.VERBOSE,
+      | (?P<symbol>@(?:[A-Za-z_][\w$.]*(?!-)|"(?:[^"\\\n]|\\.)*"))
+      | (?P<int>-?\d+(?![\w.])) | (?P<word>[A-Za-z_]\w*) | (?P<mark>[\[\](){}:;,])
+      | (?P<junk>"[^\n]*|[^\s\[\](){}:;,]+) )""",
+    re.VERBOSE | re.ASCII,
 )
+# The common forms of a row's beginning, of a cell and of a row's end, each in one match.
+_ROW = re.compile(_SPACE + r'"([^"\\\n]*)"' + _SPACE + "(:?)", re.ASCII)
+_CELL = re.compile(
+    rf"""{_SPACE}([A-Za-z_]\w*)
+      (?:{_SPACE}(?:(-?\d{{1,18}})(?![\w.]) | "([^"\\\n]*)" | @([A-Za-z_][\w$.]*)(?!-)))?""",
+    re.VERBOSE | re.ASCII,
+)
+_END = re.compile(_SPACE + r"([,\]])", re.ASCII)
+_SHOWN_CHARACTERS = 40
+
+Value = int | str | list[int]
 
 
 class Scanner:
@@ -231,23 +290,90 @@ class Scanner:
         """Read a token; `kind` and `value` hold it. Returns its text."""
         match = _TOKEN.match(self.text, self.pos)
         if match is None:
-            end = re.compile(_SPACE).match(self.text, self.pos)
-            self.start = self.pos = end.end() if end else self.pos
-            self.error("expected a row or ']'")
+            self.start = self.pos = len(self.text)
+            self.error("expected ']' or more, but the text ends")
         self.kind = match.lastgroup
         self.value = match[match.lastgroup or 0]
         self.start, self.pos = match.start(match.lastgroup or 0), match.end()
         return self.value
 
+    def finish(self) -> None:
+        """Let the parser go on behind the last token."""
+        self.parser._resume_from(self.pos)
+
     def error(self, message: str) -> NoReturn:
-        self.parser.raise_error(
-            message, Span(self.start, max(self.pos, self.start + 1), self.input)
-        )
+        """Raise an error at the last token."""
+        self.error_at(self.start, self.pos, message)
+
+    def error_at(self, begin: int, end: int, message: str) -> NoReturn:
+        """Raise an error at the characters [begin, end)."""
+        self.parser.raise_error(message, Span(begin, max(end, begin + 1), self.input))
+
+    def expected(self, what: str) -> NoReturn:
+        """Raise an error: this is what the last token should have been."""
+        if self.kind == "junk" and self.value.startswith('"'):
+            self.error("the string does not end on its line")
+        if self.kind == "junk" and self.value.startswith("@"):
+            self.error(f'expected {what}; names of other characters stand in quotes: @"a-b"')
+        shown = self.value[:_SHOWN_CHARACTERS]
+        self.error(f"expected {what}, not {shown}{'...' if shown != self.value else ''}")
+
+    def expect(self, mark: str) -> None:
+        """Read the token `mark`."""
+        if self.next() != mark:
+            self.expected(f"'{mark}'")
 
     def string(self, what: str) -> str:
+        """The last token, which must be a string literal."""
         if self.kind != "string":
-            self.error(f"expected {what} in quotes, not {self.value}")
+            self.expected(f"{what} in quotes")
         return self._unquoted(self.value, self.start)
+
+    def symbol(self, what: str) -> str:
+        """The last token, which must be a symbol, without the @."""
+        if self.kind != "symbol":
+            self.expected(what)
+        name = self.value[1:]
+        return self._unquoted(name, self.start + 1) if name.startswith('"') else name
+
+    def integer(self, what: str) -> int:
+        """The last token, which must be an integer of 64 bits."""
+        if self.kind != "int":
+            self.expected(what)
+        value = int(self.value) if len(self.value) < 40 else 2**64
+        if not -(2**63) <= value < 2**63:
+            self.error(f"{self.value[:_SHOWN_CHARACTERS]} does not fit 64 bits")
+        return value
+
+    def integers(self, what: str) -> list[int]:
+        """Integers in brackets, of which the last token is the first bracket."""
+        if self.value != "[":
+            self.expected(f"'[' after '{what}'")
+        values: list[int] = []
+        if self.next() == "]":
+            return values
+        while True:
+            values.append(self.integer(f"an integer in '{what}'"))
+            if self.next() == "]":
+                return values
+            if self.value != ",":
+                self.expected("',' or ']'")
+            self.next()
+
+    def field(self, field: Field) -> Value:
+        """The value after a field's keyword."""
+        if field.kind is Kind.FLAG:
+            return 1
+        self.next()
+        match field.kind:
+            case Kind.INT:
+                return self.integer(f"an integer after '{field.name}'")
+            case Kind.SYMBOL:
+                return self.symbol(f"a symbol, @name, after '{field.name}'")
+            case Kind.LIST:
+                return self.integers(field.name)
+            case _:
+                return self.string(f"'{field.name}'")
 
     def _unquoted(self, literal: str, start: int) -> str:
         if "\\" not in literal:
@@ -258,150 +384,141 @@ class Scanner:
         except UnicodeDecodeError:
             self.error("the string is not UTF-8")
 
-    def field(self, field: Field) -> int | str | list[int]:
-        """The value after a field's keyword."""
-        if field.kind is Kind.FLAG:
-            return 1
-        self.next()
-        if field.kind is Kind.INT:
-            return self._int(field.name)
-        if field.kind is Kind.SYMBOL:
-            if self.kind != "symbol":
-                self.error(f"expected a symbol after '{field.name}', not {self.value}")
-            name = self.value[1:]
-            return self._unquoted(name, self.start + 1) if name.startswith('"') else name
-        if field.kind is Kind.LIST:
-            return self._list(field.name)
-        return self.string(f"'{field.name}'")
 
-    def _int(self, what: str) -> int:
-        if self.kind != "int":
-            self.error(f"expected an integer after '{what}', not {self.value}")
-        value = int(self.value) if len(self.value) < 20 else 2**63
-        if not -(2**63) <= value < 2**63:
-            self.error(f"{self.value} does not fit 64 bits")
-        return value
+class _Rows(Scanner):
+    """The rows of one table: their ids, where those stand, and of each field its values by row."""
 
-    def _list(self, what: str) -> list[int]:
-        if self.value != "[":
-            self.error(f"expected '[' after '{what}', not {self.value}")
-        values: list[int] = []
-        while self.next() != "]":
-            if self.value == "," and values:
-                self.next()
-            values.append(self._int(what))
-        return values
+    def __init__(self, parser: Parser, fields: Fields) -> None:
+        super().__init__(parser)
+        self.by_keyword = {f.name: (f, 0) for f in fields if f.kind is not Kind.CHOICE}
+        self.by_keyword |= {word: (f, code) for f in fields for code, word in enumerate(f.choices)}
+        self.ids: list[str] = []
+        self.begins: list[int] = []
+        self.cells: dict[str, dict[int, Value]] = {field.name: {} for field in fields}
 
-    def chunks(self, rows: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
-        """`{0: "a" [0, 64), "b" [0, 32); 1: ...}` as (step, row, begin, end)."""
-        chunks: list[tuple[int, int, int, int]] = []
-        self.expect("{")
-        self.next()
-        while self.value != "}":
-            step = self._int("step")
-            self.expect(":")
-            while True:
-                self.next()
-                if (row := rows.get(self.string("a request's id"))) is None:
-                    self.error(f"no row {self.value} in the table above")
-                self.expect("[")
-                self.next()
-                begin = self._int("[")
-                self.expect(",")
-                self.next()
-                chunks.append((step, row, begin, self._int(",")))
-                self.expect(")")
-                if self.next() != ",":
-                    break
-            if self.value != ";":
-                self.error(f"expected ',' or ';' after a chunk, not {self.value}")
+    def scan(self) -> None:
+        """Read all rows and the bracket behind them."""
+        self.expect("[")
+        if self._peek() == "]":
             self.next()
-        self.parser._resume_from(self.pos)
-        return chunks
+            return self.finish()
+        while True:
+            if self._begins_cells():
+                while self._cell():
+                    pass
+            if (end := _END.match(self.text, self.pos)) is None:
+                self.next()
+                self.expected("a field, ',' or ']'" if self.kind == "word" else "',' or ']'")
+            self.pos = end.end()
+            if end[1] == "]":
+                return self.finish()
 
-    def expect(self, mark: str) -> None:
-        """Read the token `mark`."""
-        if self.next() != mark:
-            self.error(f"expected '{mark}', not {self.value}")
+    def _peek(self) -> str:
+        match = _TOKEN.match(self.text, self.pos)
+        return "" if match is None else match[match.lastgroup or 0]
+
+    def _begins_cells(self) -> bool:
+        """Read a row's id, and whether a colon and cells follow it."""
+        if (match := _ROW.match(self.text, self.pos)) is not None:
+            self.ids.append(match[1])
+            self.begins.append(match.start(1) - 1)
+            self.pos = match.end()
+            return bool(match[2])
+        self.next()
+        self.ids.append(self.string("a request's id"))
+        self.begins.append(self.start)
+        if self._peek() != ":":
+            return False
+        self.next()
+        return True
+
+    def _cell(self) -> bool:
+        """Read `keyword value`; False, and nothing is read, where no keyword stands."""
+        if (match := _CELL.match(self.text, self.pos)) is None:
+            return False
+        word, number, string, name = match.groups()
+        field, code = self.by_keyword.get(word) or self._unknown(match)
+        values, row = self.cells[field.name], len(self.ids) - 1
+        if row in values:
+            self.error_at(match.start(1), match.end(1), f"'{field.name}' is given twice")
+        kind = field.kind
+        if number is not None and kind is Kind.INT:
+            values[row] = int(number)
+        elif string is not None and kind in (Kind.WORD, Kind.TEXT):
+            values[row] = string
+        elif name is not None and kind is Kind.SYMBOL:
+            values[row] = name
+        else:
+            self.pos = match.end(1)
+            values[row] = code if kind is Kind.CHOICE else self.field(field)
+            return True
+        self.pos = match.end()
+        return True
+
+    def _unknown(self, match: re.Match[str]) -> NoReturn:
+        known = ", ".join(sorted(self.by_keyword))
+        self.error_at(
+            match.start(1), match.end(1), f"no field '{match[1][:40]}'; there are: {known}"
+        )
+
+    def column(self, field: Field) -> Attribute:
+        """The column of a field; raises at the first row that lacks a required one."""
+        given, rows = self.cells[field.name], len(self.ids)
+        if len(given) < rows and field.required:
+            row = next(row for row in range(rows) if row not in given)
+            wanted = " or ".join(field.choices) or f"'{field.name}'"
+            at = self.begins[row]
+            self.error_at(at, at + 1, f"row {quoted(self.ids[row])} lacks {wanted}: {field.doc}")
+        make, blank = _MAKE[field.kind]
+        blank = field.default if field.kind is Kind.INT else blank
+        if len(given) == rows:
+            return make(list(given.values()))
+        return make([given.get(row, blank) for row in range(rows)])
+
+
+_MAKE: dict[Kind, tuple[Callable[..., Attribute], Value]] = {
+    Kind.INT: (ColumnAttr.of, 0),
+    Kind.FLAG: (ColumnAttr.of, 0),
+    Kind.CHOICE: (ColumnAttr.of, 0),
+    Kind.WORD: (WordsAttr.from_rows, ""),
+    Kind.TEXT: (NamesAttr.of, ""),
+    Kind.SYMBOL: (WordsAttr.from_rows, ""),
+    Kind.LIST: (ListsAttr.of, []),
+}
 
 
 def parse_table(parser: Parser, fields: Fields) -> Properties:
     """Parse what `print_table` prints; the op's properties."""
-    if entries := parser.parse_optional_dictionary_attr_dict():
-        return entries
+    if parser.lexer.input.content[parser.pos : parser.pos + 1] == "{":
+        return _parse_columns(parser, fields)
     header: dict[str, str] = {}
     for field in fields:
         if field.header and parser.parse_optional_keyword(field.name):
             header[field.name] = parser.parse_symbol_name().data
-    at = parser.pos
-    if parser.lexer.input.content[at : at + 1] != "[":
-        parser.raise_error("expected '[' before the rows")
-    ids, cells = _scan_rows(parser, fields)
-    properties: Properties = {"ids": NamesAttr.of(ids)}
+    if parser.lexer.input.content[parser.pos : parser.pos + 1] != "[":
+        first = next((f"'{f.name} @...' or " for f in fields if f.header and not header), "")
+        parser.raise_error(f"expected {first}'[' before the rows")
+    rows = _Rows(parser, fields)
+    rows.scan()
+    properties: Properties = {"ids": NamesAttr.of(rows.ids)}
     for field in fields:
         if field.name in header:
-            properties[field.name] = WordsAttr.same(header[field.name], len(ids))
-        elif (given := cells.get(field.name)) or (field.required and ids):
-            if field.required and len(given or ()) != len(ids):
-                missing = next(i for i in range(len(ids)) if i not in (given or {}))
-                parser.raise_error(
-                    f"row {quoted(ids[missing])} lacks {_wanted(field)}",
-                    Span(at, at + 1, parser.lexer.input),
-                )
-            properties[field.name] = _column(field, given or {}, len(ids))
+            if given := rows.cells[field.name]:
+                at = rows.begins[min(given)]
+                rows.error_at(at, at + 1, f"'{field.name}' stands before the rows already")
+            properties[field.name] = WordsAttr.same(header[field.name], len(rows.ids))
+        elif rows.cells[field.name] or (field.required and rows.ids):
+            properties[field.name] = rows.column(field)
     return properties
 
 
-def _wanted(field: Field) -> str:
-    return " or ".join(field.choices) if field.choices else f"'{field.name}'"
-
-
-def _scan_rows(
-    parser: Parser, fields: Fields
-) -> tuple[list[str], dict[str, dict[int, int | str | list[int]]]]:
-    """The ids of the rows, and of each field its values by row."""
-    scanner = Scanner(parser)
-    by_keyword = {field.name: (field, 0) for field in fields if field.kind is not Kind.CHOICE}
-    by_keyword |= {word: (f, code) for f in fields for code, word in enumerate(f.choices)}
-    ids: list[str] = []
-    cells: dict[str, dict[int, int | str | list[int]]] = {field.name: {} for field in fields}
-    scanner.next()
-    scanner.next()
-    while scanner.value != "]" or scanner.kind != "mark":
-        row = len(ids)
-        ids.append(scanner.string("a request's id"))
-        if scanner.next() == ":" and scanner.kind == "mark":
-            scanner.next()
-            while scanner.kind == "word":
-                field, code = by_keyword.get(scanner.value) or _unknown(scanner, by_keyword)
-                if row in cells[field.name]:
-                    scanner.error(f"'{field.name}' is given twice")
-                value = code if field.choices else scanner.field(field)
-                cells[field.name][row] = value
-                scanner.next()
-        if scanner.value == ",":
-            scanner.next()
-        elif scanner.value != "]":
-            scanner.error(f"expected a field, ',' or ']', not {scanner.value}")
-    parser._resume_from(scanner.pos)
-    return ids, cells
-
-
-def _unknown(scanner: Scanner, known: Mapping[str, object]) -> NoReturn:
-    scanner.error(f"unknown field '{scanner.value}'; there are: {', '.join(sorted(known))}")
-
-
-def _column(field: Field, given: dict[int, int | str | list[int]], rows: int) -> Attribute:
-    blank: int | str | list[int] = field.default
-    if field.kind in (Kind.WORD, Kind.TEXT, Kind.SYMBOL):
-        blank = ""
-    elif field.kind is Kind.LIST:
-        blank = []
-    values = [given.get(row, blank) for row in range(rows)]
-    make: dict[Kind, Callable[..., Attribute]] = {
-        Kind.WORD: WordsAttr.from_rows,
-        Kind.SYMBOL: WordsAttr.from_rows,
-        Kind.TEXT: NamesAttr.of,
-        Kind.LIST: ListsAttr.of,
-    }
-    return make.get(field.kind, ColumnAttr.of)(values)
+def _parse_columns(parser: Parser, fields: Fields) -> Properties:
+    """`{ids = #pd.names<...>, prompt = #pd.column<...>}`"""
+    at = parser.pos
+    columns = parser.parse_optional_dictionary_attr_dict()
+    known = ["ids", *(field.name for field in fields)]
+    if unknown := [name for name in columns if name not in known]:
+        parser.raise_error(f"no column '{unknown[0][:40]}'; there are: {', '.join(known)}", at)
+    if not isinstance(columns.get("ids"), NamesAttr):
+        parser.raise_error("the columns need ids, a #pd.names<...> with a name a row", at)
+    return columns

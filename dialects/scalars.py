@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,16 +16,19 @@ from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
-from sagec.dialects.columns import quoted
+from sagec.dialects.columns import parse_string, quoted, shortened
 
 Value = int | float | str
+
+MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class Scalar:
     """`name = value`; the type of `default` says whether an integer, a float or a string.
 
-    required: the op must say it. least: the smallest number that makes sense.
+    required: the op must say it. least, most: the range of numbers that make sense, both ends in
+    it. choices: the strings there are.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Scalar:
     required: bool = False
     least: float = 0
     choices: tuple[str, ...] = ()
+    most: float = math.inf
 
 
 Scalars = tuple[Scalar, ...]
@@ -53,7 +60,7 @@ def attr_of(value: Value) -> Attribute:
     """The builtin attribute of a Python value."""
     match value:
         case int():
-            return IntegerAttr(value, i64)
+            return IntegerAttr(int(value), i64)
         case float():
             return FloatAttr(value, f64)
         case str():
@@ -61,9 +68,11 @@ def attr_of(value: Value) -> Attribute:
 
 
 def value_of(attr: Attribute) -> Value | None:
-    """The Python value of a builtin integer, float or string attribute; else None."""
+    """The Python value of an attribute that `attr_of` makes: i64, f64 or a string; else None."""
     match attr:
-        case IntegerAttr() | FloatAttr():
+        case IntegerAttr() if attr.type == i64:
+            return attr.value.data
+        case FloatAttr() if attr.type == f64:
             return attr.value.data
         case StringAttr():
             return attr.data
@@ -78,7 +87,7 @@ def properties_of(values: Mapping[str, Value | None], scalars: Scalars) -> dict[
     """
     kinds = {scalar.name: type(scalar.default) for scalar in scalars}
     if unknown := values.keys() - kinds.keys():
-        raise TypeError(f"unknown {sorted(unknown)[0]!r}; there are: {', '.join(kinds)}")
+        raise TypeError(f"no {sorted(unknown)[0]!r} here; there are: {', '.join(kinds)}")
     return {
         name: attr_of(float(value) if kinds[name] is float else value)
         for name, value in values.items()
@@ -95,8 +104,21 @@ def print_scalars(printer: Printer, op: Operation, scalars: Scalars) -> None:
 
 
 def _text(attr: Attribute) -> str:
+    """The value as `_parse_value` reads it; an attribute that is none as it is."""
     value = value_of(attr)
-    return quoted(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return quoted(value)
+    # MLIR wants a point in a float: 1e+16 is no number there.
+    return str(attr) if value is None else re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
+
+
+def opens_scalars(parser: Parser) -> bool:
+    """Whether the next brace opens `{name = value}` and not a region."""
+    text = str(parser.lexer.input.content)
+    return _ENTRY.match(text, parser.pos) is not None
+
+
+_ENTRY = re.compile(r"\{(?:\s|//[^\n]*)*[A-Za-z_]\w*(?:\s|//[^\n]*)*=")
 
 
 def parse_scalars(parser: Parser, scalars: Scalars) -> dict[str, Attribute]:
@@ -108,7 +130,7 @@ def parse_scalars(parser: Parser, scalars: Scalars) -> dict[str, Attribute]:
         at = parser.pos
         name = parser.parse_identifier(" or '}'")
         if (scalar := by_name.get(name)) is None:
-            parser.raise_error(f"unknown '{name}'; there are: {', '.join(by_name)}", at)
+            parser.raise_error(f"no '{name}' here; there are: {', '.join(by_name)}", at)
         if name in properties:
             parser.raise_error(f"'{name}' is given twice", at)
         parser.parse_punctuation("=")
@@ -119,14 +141,19 @@ def parse_scalars(parser: Parser, scalars: Scalars) -> dict[str, Attribute]:
 
 
 def _parse_value(parser: Parser, scalar: Scalar) -> Value:
-    if isinstance(scalar.default, str):
-        return parser.parse_str_literal(f" for '{scalar.name}'")
     at = parser.pos
-    number = parser.parse_number(context_msg=f" for '{scalar.name}'")
+    if isinstance(scalar.default, str):
+        return parse_string(parser, f"'{scalar.name}'")
+    if (number := parser.parse_optional_number()) is None:
+        parser.raise_error(f"expected a number for '{scalar.name}'", at)
     if isinstance(scalar.default, float):
+        if abs(number) > MAX_FLOAT:
+            parser.raise_error(f"'{scalar.name}' must fit a float of 64 bits", at)
         return float(number)
-    if not isinstance(number, int) or not -(2**63) <= number < 2**63:
-        parser.raise_error(f"'{scalar.name}' is an integer of 64 bits, not {number}", at)
+    if not isinstance(number, int):
+        parser.raise_error(f"'{scalar.name}' is an integer, not {number}", at)
+    if not -(2**63) <= number < 2**63:
+        parser.raise_error(f"'{scalar.name}': {shortened(number)} does not fit 64 bits", at)
     return number
 
 
@@ -138,18 +165,26 @@ def verify_scalars(op: Operation, scalars: Scalars) -> None:
             if scalar.required:
                 raise VerifyException(f"{op.name}: '{scalar.name}' is missing: {scalar.doc}")
             continue
-        value = value_of(attr)
-        if type(value) is not type(scalar.default):
-            kind = type(scalar.default).__name__
-            raise VerifyException(f"{op.name}: '{scalar.name}' must be of type {kind}, not {attr}")
-        if not isinstance(value, str) and value is not None and not value >= scalar.least:
-            raise VerifyException(
-                f"{op.name}: '{scalar.name}' is {value}; the least is {scalar.least:g}"
-            )
-        if scalar.choices and value not in scalar.choices:
-            raise VerifyException(
-                f"{op.name}: '{scalar.name}' is {attr}; one of: {', '.join(scalar.choices)}"
-            )
+        _verify_value(op, scalar, attr)
+
+
+_TYPE_NAMES: dict[type[Value], str] = {int: "an i64", float: "an f64", str: "a string"}
+
+
+def _verify_value(op: Operation, scalar: Scalar, attr: Attribute) -> None:
+    value, place = value_of(attr), f"{op.name}: '{scalar.name}'"
+    if type(value) is not type(scalar.default):
+        raise VerifyException(f"{place} must be {_TYPE_NAMES[type(scalar.default)]}, not {attr}")
+    if isinstance(value, int | float) and not scalar.least <= value <= min(scalar.most, MAX_FLOAT):
+        raise VerifyException(f"{place} is {value}; {_range_text(scalar)}")
+    if scalar.choices and value not in scalar.choices:
+        raise VerifyException(f"{place} is {attr}; one of: {', '.join(scalar.choices)}")
+
+
+def _range_text(scalar: Scalar) -> str:
+    if scalar.most < math.inf:
+        return f"from {scalar.least:g} to {scalar.most:g}"
+    return f"{scalar.least:g} or more"
 
 
 def scalar_of(op: Operation, name: str, default: Value) -> Value:

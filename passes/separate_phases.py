@@ -1,0 +1,112 @@
+"""separate-phases: prefill and decode become sub-graphs that can run in different places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from xdsl.context import Context
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.ir import Attribute, Block, Operation, Region
+from xdsl.passes import ModulePass
+
+from sagec.dialects import pd
+from sagec.passes import flow
+from sagec.passes.errors import PassError
+from sagec.passes.topology import Topology, topology_of
+
+
+@dataclass(frozen=True)
+class SeparatePhasesPass(ModulePass):
+    """Put the prefills of a graph into one phase and its decodes into another.
+
+    `%kv = pd.prefill %w; %end = pd.decode %kv  -->
+     %kv = pd.phase prefill {...} { pd.prefill %w }; %end = pd.phase decode {...} { pd.decode %kv }`
+
+    A phase says what it needs: tokens to compute and tokens of KV to hold. `scheme=none` leaves the
+    graph alone; `scheme=af` parts attention from feed-forward and works on operators.
+    """
+
+    name = "separate-phases"
+    scheme: Literal["pd", "af", "none"] = "pd"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        if self.scheme == "af":
+            raise PassError(
+                "scheme=af parts the operators of a layer, and this graph has none; "
+                "what separates requests is scheme=pd",
+                next(flow.graphs(op), None),
+            )
+        if self.scheme == "pd":
+            for graph in flow.graphs(op):
+                separate(graph, topology_of(op))
+
+
+def separate(graph: pd.GraphOp, topology: Topology) -> None:
+    """Wrap the graph's prefills, and its decodes with the joins before them, in a phase each."""
+    ops = list(graph.body.block.ops)
+    _wrap(graph, "prefill", [op for op in ops if isinstance(op, pd.PrefillOp)], topology)
+    decodes = [op for op in ops if isinstance(op, pd.DecodeOp | pd.JoinOp | pd.TransferOp)]
+    _wrap(graph, "decode", decodes, topology)
+
+
+def _wrap(graph: pd.GraphOp, phase: str, ops: Sequence[Operation], topology: Topology) -> None:
+    """Move `ops` into a phase of their own, which yields what is used outside of it."""
+    if not ops:
+        return
+    inside = set(ops)
+    outs = [r for op in ops for r in op.results if any(u.operation not in inside for u in r.uses)]
+    needs = _needs(graph, phase, ops, topology)
+    block = Block()
+    region = Region(block)
+    wrapper = pd.PhaseOp.create(
+        properties={"phase": StringAttr(phase), **needs},
+        regions=[region],
+        result_types=[out.type for out in outs],
+    )
+    parent = graph.body.block
+    wrapper.location = ops[0].location
+    parent.insert_op_before(wrapper, ops[-1])
+    for op in ops:
+        parent.detach_op(op)
+        block.add_op(op)
+    for out, result in zip(outs, wrapper.results, strict=True):
+        out.replace_uses_with_if(result, lambda use: use.operation not in inside)
+        result.name_hint = out.name_hint
+    block.add_op(pd.YieldOp.create(operands=outs))
+
+
+def _needs(
+    graph: pd.GraphOp, phase: str, ops: Sequence[Operation], topology: Topology
+) -> dict[str, Attribute]:
+    """What the phase computes and holds, over its horizon."""
+    compute = held = 0
+    for op in ops:
+        if isinstance(op, pd.PrefillOp):
+            rows = flow.table(op.wave)
+            compute += int((rows.prompt - rows.computed - rows.cached).sum())
+            held += int(rows.prompt.sum())
+        elif isinstance(op, pd.DecodeOp):
+            rows = flow.table(op.kv)
+            tokens = int(decode_tokens(rows, op.max_steps or graph.number("horizon")).sum())
+            compute += tokens
+            held += tokens + int(rows.prompt.sum())
+    kv_bytes = {model.kv_bytes_per_token() for model in topology.models.values()}
+    size = int(held * kv_bytes.pop()) if len(kv_bytes) == 1 else 0
+    needs = {"compute_tokens": compute, "kv_tokens": held, "kv_bytes": size}
+    return {name: IntegerAttr(value, i64) for name, value in needs.items()}
+
+
+UNBOUNDED_STEPS = 256
+"""Steps planned for a request that goes on until it stops, where nobody gave a horizon."""
+
+
+def decode_tokens(rows: flow.Table, horizon: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Tokens that each row decodes within `horizon` steps (0: all): its first is prefill's."""
+    remaining = np.where(rows.resident, rows.generate, rows.generate - 1)
+    bound = horizon or UNBOUNDED_STEPS
+    return np.where(
+        (rows.generate >= pd.UNBOUNDED) | bool(horizon), np.minimum(remaining, bound), remaining
+    )
