@@ -28,7 +28,7 @@ from xdsl.traits import SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
 from sagec.dialects.columns import parse_string, quoted
-from sagec.dialects.rows import symbol
+from sagec.dialects.rows import parse_symbol, symbol
 from sagec.dialects.scalars import (
     Scalar,
     Scalars,
@@ -136,9 +136,9 @@ class _LikeSymbol(_Symbol):
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        properties: dict[str, Attribute] = {"sym_name": parser.parse_symbol_name()}
+        properties: dict[str, Attribute] = {"sym_name": StringAttr(parse_symbol(parser, "a name"))}
         if parser.parse_optional_keyword("like"):
-            properties["like"] = SymbolRefAttr(parser.parse_symbol_name())
+            properties["like"] = SymbolRefAttr(parse_symbol(parser, "another of its kind"))
         return cls.create(properties=properties | parse_scalars(parser, cls.SCALARS))
 
     @classmethod
@@ -227,9 +227,9 @@ class LinkOp(TextOp):
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        source = SymbolRefAttr(parser.parse_symbol_name())
-        parser.parse_keyword("to")
-        target = SymbolRefAttr(parser.parse_symbol_name())
+        source = SymbolRefAttr(parse_symbol(parser, "a device or switch"))
+        parser.parse_keyword("to", " and the other end")
+        target = SymbolRefAttr(parse_symbol(parser, "a device or switch"))
         ends: dict[str, Attribute] = {"source": source, "target": target}
         return cls.create(properties=ends | parse_scalars(parser, cls.SCALARS))
 
@@ -292,17 +292,17 @@ class InstanceOp(_Symbol):
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        name = parser.parse_symbol_name().data
-        parser.parse_keyword("on")
+        name = parse_symbol(parser, "a name")
+        parser.parse_keyword("on", " and the devices, [@a, @b]")
         devices = parser.parse_comma_separated_list(
-            parser.Delimiter.SQUARE, lambda: parser.parse_symbol_name().data, " in devices"
+            parser.Delimiter.SQUARE, lambda: parse_symbol(parser, "a device"), " in devices"
         )
-        parser.parse_keyword("engine")
+        parser.parse_keyword("engine", " and its name")
         engine = parse_string(parser, "the engine's name")
-        parser.parse_keyword("role")
-        role = parser.parse_keyword_in(ROLES, f"expected a role: {', '.join(ROLES)}")
-        parser.parse_keyword("model")
-        model = parser.parse_symbol_name().data
+        parser.parse_keyword("role", " and the phase")
+        role = parser.parse_keyword_in(ROLES, " as the role")
+        parser.parse_keyword("model", " and its name")
+        model = parse_symbol(parser, "a model")
         op = cls.of(name, devices, engine, role, model)
         op.properties |= parse_scalars(parser, cls.SCALARS)
         return op

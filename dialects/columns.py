@@ -24,6 +24,9 @@ Ints = npt.NDArray[np.int64]
 READABLE_VALUES = 1024
 """Columns of more values print as hexadecimal bytes."""
 
+SPACE = r"(?:\s|//[^\n]*+)*+"
+"""Regular expression of white space and comments; it never gives back what it has taken."""
+
 
 class Frozen:
     """A read-only int64 array that can be compared and hashed, as an attribute's payload must."""
@@ -190,7 +193,8 @@ class WordsAttr(Data[tuple[tuple[str, ...], Frozen]]):
 
     def print_parameter(self, printer: Printer) -> None:
         words = ", ".join(map(quoted, self.words))
-        printer.print_string(f"<{words} : {_ints_text(self.codes)}>".replace("< :", "<:"))
+        between = " : " if words else ": "
+        printer.print_string(f"<{words}{between}{_ints_text(self.codes)}>")
 
 
 @irdl_attr_definition

@@ -18,6 +18,7 @@ from sagec.dialects.rows import (
     Fields,
     Kind,
     declares_rows,
+    parse_symbol,
     parse_table,
     print_table,
     symbol,
@@ -25,7 +26,6 @@ from sagec.dialects.rows import (
 from sagec.dialects.text import TextOp
 
 TIERS = ("device", "host", "disk")
-_TIER_EXPECTED = f"expected a tier: {', '.join(TIERS)}"
 
 MATCH_FIELDS: Fields = (
     Field(
@@ -82,7 +82,7 @@ class _HashesOp(TextOp):
 
     @staticmethod
     def _parse_hashes(parser: Parser) -> dict[str, Attribute]:
-        instance = SymbolRefAttr(parser.parse_symbol_name())
+        instance = SymbolRefAttr(parse_symbol(parser, "an instance"))
         at = parser.pos
         hashes = parser.parse_optional_attribute()
         if not isinstance(hashes, ColumnAttr):
@@ -133,10 +133,10 @@ class MigrateOp(_HashesOp):
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
         properties = cls._parse_hashes(parser)
-        parser.parse_keyword("from")
-        properties["source"] = StringAttr(parser.parse_keyword_in(TIERS, _TIER_EXPECTED))
-        parser.parse_keyword("to")
-        properties["target"] = StringAttr(parser.parse_keyword_in(TIERS, _TIER_EXPECTED))
+        parser.parse_keyword("from", " and the tiers")
+        properties["source"] = StringAttr(parser.parse_keyword_in(TIERS, " as the tier"))
+        parser.parse_keyword("to", " and the other tier")
+        properties["target"] = StringAttr(parser.parse_keyword_in(TIERS, " as the tier"))
         return cls.create(properties=properties)
 
 

@@ -50,6 +50,7 @@ from sagec.dialects.columns import (
     parse_int64,
     parse_lists,
     quoted,
+    shortened,
 )
 from sagec.dialects.rows import (
     READABLE_ROWS,
@@ -61,6 +62,7 @@ from sagec.dialects.rows import (
     column_or,
     declares_rows,
     has_sound_codes,
+    parse_symbol,
     parse_table,
     print_table,
     symbol,
@@ -88,13 +90,23 @@ ADMIT, DEFER, REJECT, PREEMPT, SWAP = range(5)
 _LEAVES = "defer, reject, preempt or swap"
 
 
+MAX_ROWS = 1 << 24
+"""The most requests of a value: a type of more is a slip of the pen, and columns would not fit."""
+
+
 class SizedType(Data[int], TypeAttribute):
     """A type that says how many requests its value holds."""
 
     @classmethod
     def parse_parameter(cls, parser: AttrParser) -> int:
         with parser.in_angle_brackets():
-            return parser.parse_integer(allow_boolean=False, allow_negative=False)
+            at = parser.pos
+            rows = parser.parse_integer(allow_boolean=False, allow_negative=False)
+            if rows > MAX_ROWS:
+                parser.raise_error(
+                    f"{shortened(rows)} requests are too many; {MAX_ROWS} at most", at
+                )
+            return rows
 
     def print_parameter(self, printer: Printer) -> None:
         printer.print_string(f"<{self.data}>")
@@ -266,7 +278,7 @@ class GraphOp(TextOp):
 
     `pd.graph @round_42 {policy = "fifo", mode = "hybrid", now = 1834000, horizon = 16} { ... }`
 
-    What passes note for people stands after it: `attributes {placement = "..."}`.
+    What passes note for people stands behind it: `attributes {placement = "..."}`.
     """
 
     name = "pd.graph"
@@ -299,22 +311,17 @@ class GraphOp(TextOp):
     def print_text(self, printer: Printer) -> None:
         printer.print_string(f" {symbol(self.symbol)}")
         print_scalars(printer, self, self.SCALARS)
-        if self.attributes:
-            printer.print_op_attributes(self.attributes, print_keyword=True)
         printer.print_string(" ")
         printer.print_region(self.body, print_entry_block_args=False)
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        properties: dict[str, Attribute] = {"sym_name": parser.parse_symbol_name()}
+        properties: dict[str, Attribute] = {
+            "sym_name": StringAttr(parse_symbol(parser, "the graph's name"))
+        }
         if opens_scalars(parser):
             properties |= parse_scalars(parser, cls.SCALARS)
-        notes = parser.parse_optional_attr_dict_with_keyword()
-        return cls.create(
-            properties=properties,
-            attributes=notes.data if notes is not None else {},
-            regions=[_parse_body(parser)],
-        )
+        return cls.create(properties=properties, regions=[_parse_body(parser)])
 
 
 def _verify_body(body: Region, what: str) -> None:
@@ -385,7 +392,7 @@ class PhaseOp(TextOp):
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        phase = parser.parse_keyword_in(PHASES, f"expected a phase: {' or '.join(PHASES)}")
+        phase = parser.parse_keyword_in(PHASES, " as the phase")
         properties: dict[str, Attribute] = {"phase": StringAttr(phase)}
         if opens_scalars(parser):
             properties |= parse_scalars(parser, cls.SCALARS)
@@ -642,7 +649,7 @@ def _parse_placed(parser: Parser, name: str) -> str | Attribute | None:
         return None
     at = parser.pos
     names = parser.parse_optional_comma_separated_list(
-        parser.Delimiter.SQUARE, lambda: parser.parse_symbol_name().data
+        parser.Delimiter.SQUARE, lambda: parse_symbol(parser, "an instance")
     )
     if names is not None:
         return WordsAttr.from_rows(names)
@@ -764,9 +771,9 @@ def _parse_kv_rows(parser: Parser, operand: UnresolvedOperand) -> int:
     """N of the result's type `: !pd.kv<N>`, which a value that stands above makes unnecessary."""
     at = parser.pos
     if parser.parse_optional_punctuation(":"):
-        if not isinstance(kind := parser.parse_type(), KVType):
-            parser.raise_error(f"the result is a !pd.kv, not {kind}", at)
-        return kind.data
+        if not isinstance(written := parser.parse_type(), KVType):
+            parser.raise_error(f"the result is a !pd.kv, not {written}", at)
+        return written.data
     kind = type_above(parser, operand)
     if not isinstance(kind, SizedType):
         parser.raise_error(f"expected a !pd.wave or a !pd.kv, not {kind}", operand.span)
@@ -1008,7 +1015,8 @@ class StepsOp(TableOp):
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        properties: dict[str, Attribute] = {"instance": SymbolRefAttr(parser.parse_symbol_name())}
+        instance = SymbolRefAttr(parse_symbol(parser, "an instance"))
+        properties: dict[str, Attribute] = {"instance": instance}
         operands = parse_operands(parser) if parser.parse_optional_keyword("of") else []
         properties |= parse_scalars(parser, cls.SCALARS) | parse_table(parser, cls.FIELDS)
         properties |= _parse_chunks(parser, properties)

@@ -28,7 +28,7 @@ from xdsl.utils.exceptions import VerifyException
 from xdsl.utils.lexer import Span
 from xdsl.utils.mlir_lexer import StringLiteral
 
-from sagec.dialects.columns import ColumnAttr, ListsAttr, NamesAttr, WordsAttr, quoted
+from sagec.dialects.columns import SPACE, ColumnAttr, ListsAttr, NamesAttr, WordsAttr, quoted
 
 READABLE_ROWS = 1024
 
@@ -247,12 +247,23 @@ def symbol(name: str) -> str:
     return f"@{name}" if _BARE_SYMBOL.fullmatch(name) else f"@{quoted(name)}"
 
 
+def parse_symbol(parser: Parser, what: str) -> str:
+    """A symbol, without the @; `what` it names, for the error."""
+    at = parser.pos
+    try:
+        found = parser.parse_optional_symbol_name()
+    except UnicodeDecodeError:
+        parser.raise_error("the name is not UTF-8", at)
+    if found is None:
+        parser.raise_error(f"expected {what}, @name", at)
+    return found.data
+
+
 # Parsing
 
 _BARE_SYMBOL = re.compile(r"[A-Za-z_][\w$.]*", re.ASCII)
-_SPACE = r"(?:\s|//[^\n]*+)*+"
 _TOKEN = re.compile(
-    _SPACE
+    SPACE
     + r"""(?: (?P<string>"(?:[^"\\\n]|\\.)*")
       | (?P<symbol>@(?:[A-Za-z_][\w$.]*(?!-)|"(?:[^"\\\n]|\\.)*"))
       | (?P<int>-?\d+(?![\w.])) | (?P<word>[A-Za-z_]\w*) | (?P<mark>[\[\](){}:;,])
@@ -260,13 +271,13 @@ _TOKEN = re.compile(
     re.VERBOSE | re.ASCII,
 )
 # The common forms of a row's beginning, of a cell and of a row's end, each in one match.
-_ROW = re.compile(_SPACE + r'"([^"\\\n]*)"' + _SPACE + "(:?)", re.ASCII)
+_ROW = re.compile(SPACE + r'"([^"\\\n]*)"' + SPACE + "(:?)", re.ASCII)
 _CELL = re.compile(
-    rf"""{_SPACE}([A-Za-z_]\w*)
-      (?:{_SPACE}(?:(-?\d{{1,18}})(?![\w.]) | "([^"\\\n]*)" | @([A-Za-z_][\w$.]*)(?!-)))?""",
+    rf"""{SPACE}([A-Za-z_]\w*)
+      (?:{SPACE}(?:(-?\d{{1,18}})(?![\w.]) | "([^"\\\n]*)" | @([A-Za-z_][\w$.]*)(?!-)))?""",
     re.VERBOSE | re.ASCII,
 )
-_END = re.compile(_SPACE + r"([,\]])", re.ASCII)
+_END = re.compile(SPACE + r"([,\]])", re.ASCII)
 _SHOWN_CHARACTERS = 40
 
 Value = int | str | list[int]
@@ -494,7 +505,7 @@ def parse_table(parser: Parser, fields: Fields) -> Properties:
     header: dict[str, str] = {}
     for field in fields:
         if field.header and parser.parse_optional_keyword(field.name):
-            header[field.name] = parser.parse_symbol_name().data
+            header[field.name] = parse_symbol(parser, "an instance")
     if parser.lexer.input.content[parser.pos : parser.pos + 1] != "[":
         first = next((f"'{f.name} @...' or " for f in fields if f.header and not header), "")
         parser.raise_error(f"expected {first}'[' before the rows")

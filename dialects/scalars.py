@@ -16,7 +16,7 @@ from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
-from sagec.dialects.columns import parse_string, quoted, shortened
+from sagec.dialects.columns import SPACE, parse_string, quoted, shortened
 
 Value = int | float | str
 
@@ -118,7 +118,7 @@ def opens_scalars(parser: Parser) -> bool:
     return _ENTRY.match(text, parser.pos) is not None
 
 
-_ENTRY = re.compile(r"\{(?:\s|//[^\n]*)*[A-Za-z_]\w*(?:\s|//[^\n]*)*=")
+_ENTRY = re.compile(rf"\{{{SPACE}[A-Za-z_]\w*{SPACE}=", re.ASCII)
 
 
 def parse_scalars(parser: Parser, scalars: Scalars) -> dict[str, Attribute]:

@@ -1,0 +1,1 @@
+"""From serving graphs to what engines run."""

@@ -41,7 +41,7 @@ class ApplyDecisionPass(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         for graph in flow.graphs(op):
-            for decide in [o for o in flow.ops_in(graph) if isinstance(o, pd.DecideOp)]:
+            for decide in flow.ops_of(graph, pd.DecideOp):
                 apply_decision(decide)
 
 

@@ -81,7 +81,7 @@ def _preempt(graph: pd.GraphOp, work: Work, victims: Ints) -> None:
     gone = {work.names[row] for row in victims.tolist()}
     needed = int(work.blocks.sum())
     because = f"KV: {needed} blocks needed, {work.instance.kv_blocks} there"
-    for decode in [op for op in flow.ops_in(graph) if isinstance(op, pd.DecodeOp)]:
+    for decode in flow.ops_of(graph, pd.DecodeOp):
         rows = flow.table(decode.kv)
         named = [name for name in rows.names if name in gone]
         if not named:

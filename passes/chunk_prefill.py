@@ -32,7 +32,7 @@ class ChunkPrefillPass(ModulePass):
         if self.tokens < 0:
             raise PassError(f"chunk-prefill: tokens={self.tokens}; 0 (whole prompts) or more")
         for graph in flow.graphs(op):
-            for prefill in [o for o in flow.ops_in(graph) if isinstance(o, pd.PrefillOp)]:
+            for prefill in flow.ops_of(graph, pd.PrefillOp):
                 if prefill.bounds is None:
                     chunk(prefill, self.tokens)
 

@@ -6,8 +6,9 @@ the value comes from and is as immutable as their attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from xdsl.dialects.builtin import ModuleOp
@@ -25,7 +26,7 @@ NOWHERE = ""
 _NONE: Bools = np.zeros(0, np.bool_)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """The requests of a value.
 
@@ -71,44 +72,34 @@ class Table:
 
 
 def table(value: SSAValue) -> Table:
-    """The requests of a value of the pd dialect.
+    """The requests of a value of the pd dialect; made again only when its ops have changed.
 
     Raises PassError where the value comes from no op of the dialects.
     """
     op = value.owner
-    match op:
-        case pd.RequestsOp():
-            return _requests(op)
-        case pd.ResidentOp():
-            return _resident(op)
-        case kv.MatchOp():
-            return _matched(op)
-        case pd.PrefillOp():
-            before = table(op.wave)
-            return before if op.on is None else replace(before, place=op.on)
-        case pd.TransferOp():
-            return _transferred(op)
-        case pd.PreemptOp():
-            before = table(op.kv)
-            gone = set(op.names)
-            kept = [row for row, name in enumerate(before.names) if name not in gone]
-            return before.take(np.array(kept, np.int64))
-        case pd.JoinOp():
-            return joined([table(part) for part in op.parts])
-        case pd.DecideOp() | pd.DecodeOp():
-            return table(op.operands[0])
-        case pd.PhaseOp():
-            last = op.body.block.last_op
-            assert isinstance(value, OpResult) and last is not None
-            return table(last.operands[value.index])
-        case Block():
+    kind = type(op)
+    if kind is pd.PhaseOp:
+        assert isinstance(op, pd.PhaseOp) and isinstance(value, OpResult)
+        last = op.body.block.last_op
+        assert last is not None
+        return table(last.operands[value.index])
+    if (make := _MAKERS.get(kind)) is None:
+        if isinstance(op, Block):
             raise PassError("a block argument carries no requests; graphs have none")
-        case _:
-            raise PassError(f"{op.name} gives no requests", op)
+        raise PassError(f"{op.name} gives no requests", op)
+    assert isinstance(op, Operation)
+    before = [table(operand) for operand in op._operands]
+    key = (*op.properties.values(), *before)
+    # Kept with the op, so that it goes when the op goes.
+    known: tuple[tuple[object, ...], Table] | None = op.__dict__.get("_table")
+    if known is None or known[0] != key:
+        op.__dict__["_table"] = known = (key, make(op, before))
+    return known[1]
 
 
 def joined(tables: list[Table]) -> Table:
     """One table of several, in their order."""
+    tables = [t for t in tables if len(t)] or tables[:1]
     if len(tables) == 1:
         return tables[0]
     return Table(
@@ -133,6 +124,8 @@ def _joined(tables: list[Table], column: str) -> Ints:
 
 def joined_words(columns: list[WordsAttr]) -> WordsAttr:
     """One column of several, in their order."""
+    if len({column.words for column in columns}) == 1:
+        return WordsAttr.of(columns[0].words, np.concatenate([c.codes for c in columns]))
     words: dict[str, int] = {}
     codes = []
     for column in columns:
@@ -149,12 +142,13 @@ def placed(words: WordsAttr, rows: Ints, place: WordsAttr) -> WordsAttr:
     return WordsAttr.of(both.words, codes)
 
 
-def _words(op: pd.TableOp, name: str) -> WordsAttr:
+def _words(op: Operation, name: str, rows: int) -> WordsAttr:
     attr = op.properties.get(name)
-    return attr if isinstance(attr, WordsAttr) else WordsAttr.same(NOWHERE, len(op.names))
+    return attr if isinstance(attr, WordsAttr) else WordsAttr.same(NOWHERE, rows)
 
 
-def _requests(op: pd.RequestsOp) -> Table:
+def _requests(op: pd.RequestsOp, _: list[Table]) -> Table:
+    rows = len(op.names)
     return Table(
         names=op.names,
         prompt=op.column("prompt"),
@@ -163,17 +157,18 @@ def _requests(op: pd.RequestsOp) -> Table:
         generate=op.column("generate"),
         deadline=op.column("deadline"),
         chunk=op.column("chunk"),
-        resident=np.zeros(len(op.names), np.bool_),
-        arriving=np.zeros(len(op.names), np.bool_),
-        place=_words(op, "on"),
-        decode_place=_words(op, "decode_on"),
-        model=_words(op, "model"),
+        resident=np.zeros(rows, np.bool_),
+        arriving=np.zeros(rows, np.bool_),
+        place=_words(op, "on", rows),
+        decode_place=_words(op, "decode_on", rows),
+        model=_words(op, "model", rows),
     )
 
 
-def _resident(op: pd.ResidentOp) -> Table:
-    context = op.column("context")
-    zeros = np.zeros(len(op.names), np.int64)
+def _resident(op: pd.ResidentOp, _: list[Table]) -> Table:
+    rows = len(op.names)
+    context, zeros = op.column("context"), np.zeros(rows, np.int64)
+    place = _words(op, "on", rows)
     return Table(
         names=op.names,
         prompt=context,
@@ -182,26 +177,50 @@ def _resident(op: pd.ResidentOp) -> Table:
         generate=op.column("remaining"),
         deadline=op.column("deadline"),
         chunk=zeros,
-        resident=np.ones(len(op.names), np.bool_),
+        resident=np.ones(rows, np.bool_),
         arriving=op.column("arriving").astype(np.bool_),
-        place=_words(op, "on"),
-        decode_place=_words(op, "on"),
-        model=_words(op, "model"),
+        place=place,
+        decode_place=place,
+        model=_words(op, "model", rows),
     )
 
 
-def _matched(op: kv.MatchOp) -> Table:
-    before = table(op.wave)
-    cached = before.cached.copy()
-    cached[rows_named(before, op)] = op.column("tokens")
-    return replace(before, cached=np.minimum(cached, before.prompt - before.computed - 1))
+def _matched(op: kv.MatchOp, before: list[Table]) -> Table:
+    requests = before[0]
+    cached = requests.cached.copy()
+    cached[rows_named(requests, op)] = op.column("tokens")
+    most = requests.prompt - requests.computed - 1
+    return replace(requests, cached=np.minimum(cached, most))
 
 
-def _transferred(op: pd.TransferOp) -> Table:
-    before = table(op.kv)
+def _prefilled(op: pd.PrefillOp, before: list[Table]) -> Table:
+    return before[0] if op.on is None else replace(before[0], place=op.on)
+
+
+def _transferred(op: pd.TransferOp, before: list[Table]) -> Table:
     target = op.properties["target"]
     assert isinstance(target, WordsAttr)
-    return replace(before, place=placed(before.place, rows_named(before, op), target))
+    place = placed(before[0].place, rows_named(before[0], op), target)
+    return replace(before[0], place=place)
+
+
+def _without_preempted(op: pd.PreemptOp, before: list[Table]) -> Table:
+    gone = set(op.names)
+    kept = [row for row, name in enumerate(before[0].names) if name not in gone]
+    return before[0].take(np.array(kept, np.int64))
+
+
+_MAKERS: dict[type, Callable[[Any, list[Table]], Table]] = {
+    pd.RequestsOp: _requests,
+    pd.ResidentOp: _resident,
+    kv.MatchOp: _matched,
+    pd.PrefillOp: _prefilled,
+    pd.TransferOp: _transferred,
+    pd.PreemptOp: _without_preempted,
+    pd.JoinOp: lambda _, before: joined(before),
+    pd.DecideOp: lambda _, before: before[0],
+    pd.DecodeOp: lambda _, before: before[0],
+}
 
 
 def rows_named(requests: Table, op: pd.TableOp) -> Ints:
@@ -211,7 +230,11 @@ def rows_named(requests: Table, op: pd.TableOp) -> Ints:
     """
     if op.names is requests.names:
         return np.arange(len(requests))
-    index = {name: row for row, name in enumerate(requests.names)}
+    # Most ops name requests that do not decode yet, and those are few.
+    fresh = np.flatnonzero(~requests.resident).tolist()
+    index = {requests.names[row]: row for row in fresh}
+    if not all(name in index for name in op.names):
+        index = {name: row for row, name in enumerate(requests.names)}
     rows = [index.get(name) for name in op.names]
     if None in rows:
         missing = op.names[rows.index(None)]
@@ -226,8 +249,8 @@ def rows_named(requests: Table, op: pd.TableOp) -> Ints:
 
 def graphs(module: ModuleOp) -> Iterator[pd.GraphOp]:
     """The module's graphs, in the order of the text."""
-    for op in module.ops:
-        if isinstance(op, pd.GraphOp):
+    for op in module.body.block.ops:
+        if type(op) is pd.GraphOp:
             yield op
 
 
@@ -236,6 +259,14 @@ def ops_in(graph: pd.GraphOp) -> list[Operation]:
     found: list[Operation] = []
     for op in graph.body.block.ops:
         found.append(op)
-        if isinstance(op, pd.PhaseOp):
+        if type(op) is pd.PhaseOp:
             found.extend(op.body.block.ops)
     return found
+
+
+OpT = TypeVar("OpT", bound=Operation)
+
+
+def ops_of(graph: pd.GraphOp, kind: type[OpT]) -> list[OpT]:
+    """The graph's ops of exactly this kind, with those of its phases."""
+    return [op for op in ops_in(graph) if type(op) is kind]

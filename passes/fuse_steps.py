@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
 from sagec.dialects import kv, pd
-from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
+from sagec.dialects.columns import ColumnAttr, Frozen, Ints, NamesAttr, WordsAttr
 from sagec.passes import flow
 from sagec.passes.errors import PassError
 from sagec.passes.topology import Topology, topology_of
@@ -100,7 +101,8 @@ class Packer:
         self.work, self.mode, self.turn = work, mode, turn
         self.horizon = horizon or _NO_HORIZON
         self.finished_us = finished_us
-        self.blocks = blocks.tolist()
+        self.reserved = blocks
+        self.blocks: list[int] = blocks.tolist()
         self.chunks: list[tuple[int, int, int, int]] = []
         self.us: list[float] = []
         self.tokens: list[int] = []
@@ -129,7 +131,9 @@ class Packer:
         others = np.arange(work.num_prefills, len(work.names))
         awaited = work.awaited[work.num_prefills :]
         self._seat_residents(others[~awaited])
-        self.awaited = deque(self._by_arrival(others[awaited]))
+        self.comes = np.zeros(len(work.names), np.bool_)
+        self.comes[[row for row in others[awaited].tolist() if self._will_come(row)]] = True
+        self.awaited = deque(self._by_arrival(np.flatnonzero(self.comes)))
         self.reserve = len(self.awaited) if work.num_prefills else 0
 
     def _seat_residents(self, rows: Ints) -> None:
@@ -140,8 +144,7 @@ class Packer:
         self.joined[seated] = 0
         self.active = len(seated)
         self.context = float(self.work.prompt[seated].sum())
-        blocks = np.array(self.blocks, np.int64)
-        self.free -= int(blocks[rows].sum())
+        self.free -= int(self.reserved[rows].sum())
         decodes = self.work.decodes[seated]
         for row in seated[decodes < self.horizon].tolist():
             self._leaves_after(row, self.decodes[row])
@@ -151,6 +154,12 @@ class Packer:
         if len(order) > 1 and self.finished_us:
             order.sort(key=self._arrival_us)
         return order
+
+    def _will_come(self, row: int) -> bool:
+        """Whether the row's KV is on its way, or is computed elsewhere within the horizon."""
+        work = self.work
+        source = work.source.words[work.source.codes[row]]
+        return source == work.instance.name or work.names[row] in self.finished_us
 
     def _arrival_us(self, row: int) -> float:
         ready = self.finished_us.get(self.work.names[row], 0.0)
@@ -308,7 +317,7 @@ class Packer:
         work = self.work
         last = np.minimum(self.joined + work.decodes, self.clock)
         taken = np.where(self.joined == _NEVER, 0, last - self.joined)
-        taken = np.where(work.awaited, work.decodes, taken)
+        taken = np.where(self.comes, work.decodes, taken)
         return np.where(taken > 0, work.prompt + taken, 0)
 
 
@@ -321,40 +330,49 @@ def _steps_op(graph: pd.GraphOp, packer: Packer) -> pd.StepsOp:
     work = packer.work
     chunks = np.array(packer.chunks, np.int64).reshape(-1, 4)
     until = packer.until
-    busy = (until > 0) | work.awaited
+    busy = (until > 0) | packer.comes
     busy[chunks[:, 1]] = True
-    rows = np.flatnonzero(busy)
-    everyone = len(rows) == len(work.names)
-    renumbered = np.cumsum(busy) - 1
-    held = work.held - work.cached
-    columns = {
-        "prompt": work.prompt,
-        "computed": np.where(work.awaited, 0, held),
-        "cached": work.cached,
-        "blocks": np.array(packer.blocks, np.int64),
-        "deadline": work.deadline,
-        "begin": np.where(work.awaited, 0, packer.begin),
-        "until": until,
-    }
-    ids = NamesAttr(work.names) if everyone else NamesAttr(work.names).take(rows)
+    rows = None if busy.all() else np.flatnonzero(busy)
     properties: dict[str, Attribute] = {
         "instance": SymbolRefAttr(work.instance.name),
-        "ids": ids,
         "num_steps": IntegerAttr(len(packer.us), i64),
         "max_step_tokens": IntegerAttr(work.instance.max_step_tokens, i64),
-        "source": work.source if everyone else work.source.take(rows),
-        "target": work.target if everyone else work.target.take(rows),
-        "chunk_step": ColumnAttr.of(np.ascontiguousarray(chunks[:, 0])),
-        "chunk_row": ColumnAttr.of(renumbered[chunks[:, 1]]),
-        "chunk_begin": ColumnAttr.of(np.ascontiguousarray(chunks[:, 2])),
-        "chunk_end": ColumnAttr.of(np.ascontiguousarray(chunks[:, 3])),
+        "ids": NamesAttr(work.names if rows is None else tuple(compress(work.names, busy))),
+        **_row_columns(packer, until, rows),
+        "chunk_step": ColumnAttr.of(chunks[:, 0].copy()),
+        "chunk_row": ColumnAttr.of((np.cumsum(busy) - 1)[chunks[:, 1]]),
+        "chunk_begin": ColumnAttr.of(chunks[:, 2].copy()),
+        "chunk_end": ColumnAttr.of(chunks[:, 3].copy()),
         "step_us": ColumnAttr.of(np.round(packer.us).astype(np.int64)),
         "step_tokens": ColumnAttr.of(packer.tokens),
         "step_blocks": ColumnAttr.of(packer.used_blocks),
     }
-    for name, column in columns.items():
-        properties[name] = ColumnAttr.of(column if everyone else column[rows])
     return pd.StepsOp.create(operands=_scheduled(graph, work), properties=properties)
+
+
+def _row_columns(packer: Packer, until: Ints, rows: Ints | None) -> dict[str, Attribute]:
+    """The columns of a pd.steps, of these rows or all; those that say nothing are left out."""
+    work = packer.work
+    columns = {
+        "prompt": work.prompt,
+        "computed": np.where(work.awaited, 0, work.held - work.cached),
+        "cached": work.cached,
+        "blocks": packer.reserved,
+        "deadline": work.deadline,
+        "begin": np.where(packer.comes, 0, packer.begin),
+        "until": until,
+    }
+    attrs: dict[str, Attribute] = {}
+    for name, column in columns.items():
+        if name in _ALWAYS or column.any():
+            attrs[name] = ColumnAttr(Frozen(column if rows is None else column[rows]))
+    for name, words in (("source", work.source), ("target", work.target)):
+        if any(words.words):
+            attrs[name] = words if rows is None else words.take(rows)
+    return attrs
+
+
+_ALWAYS = {"prompt", "blocks"}
 
 
 def _scheduled(graph: pd.GraphOp, work: Work) -> list[SSAValue]:

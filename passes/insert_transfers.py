@@ -16,7 +16,7 @@ from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr, quote
 from sagec.dialects.rows import symbol
 from sagec.passes import flow
 from sagec.passes.errors import PassError
-from sagec.passes.topology import Link, Topology, topology_of
+from sagec.passes.topology import Link, Path, Topology, topology_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class InsertTransfersPass(ModulePass):
         topology = topology_of(op)
         for graph in flow.graphs(op):
             busy: dict[Link, float] = defaultdict(float)
-            for decode in [o for o in flow.ops_in(graph) if isinstance(o, pd.DecodeOp)]:
+            for decode in flow.ops_of(graph, pd.DecodeOp):
                 if decode.on is not None:
                     insert(decode, decode.on, topology, busy)
 
@@ -51,14 +51,15 @@ def insert(decode: pd.DecodeOp, on: WordsAttr, topology: Topology, busy: dict[Li
     if not crossing.size:
         return
     source, target = rows.place.take(crossing), on.take(crossing)
-    num_bytes, us, via = _moves(decode, rows.take(crossing), target, topology, busy)
+    moving = rows.take(crossing)
+    num_bytes, us, via = _moves(_routes(decode, moving, target, topology), moving, busy)
     columns: dict[str, Attribute] = {
-        "ids": NamesAttr.of([rows.names[row] for row in crossing.tolist()]),
+        "ids": NamesAttr(moving.names),
         "source": source,
         "target": target,
         "bytes": ColumnAttr.of(num_bytes),
         "us": ColumnAttr.of(us),
-        "via": WordsAttr.from_rows(via),
+        "via": via,
     }
     transfer = pd.TransferOp.over(decode.kv, columns)
     transfer.location = decode.location
@@ -76,31 +77,54 @@ def _crossing(place: WordsAttr, on: WordsAttr) -> Ints:
     return np.flatnonzero((here != there) & known[here] & known[there])
 
 
-def _moves(
-    decode: pd.DecodeOp,
-    rows: flow.Table,
-    target: WordsAttr,
-    topology: Topology,
-    busy: dict[Link, float],
-) -> tuple[list[int], list[int], list[str]]:
-    """Bytes, microseconds and path of each row, in order: the earlier rows go first."""
-    sizes, times, paths = [], [], []
-    ends = zip(rows.names, rows.place.rows(), target.rows(), rows.prompt.tolist(), strict=True)
-    for name, here, there, tokens in ends:
-        source, to = topology.instance(here, decode), topology.instance(there, decode)
-        path = topology.path(source, to)
-        if path is None:
+@dataclass(frozen=True)
+class _Route:
+    """The rows that go the same way."""
+
+    rows: Ints
+    path: Path
+    bytes_per_token: float
+
+
+def _routes(
+    decode: pd.DecodeOp, rows: flow.Table, target: WordsAttr, topology: Topology
+) -> list[_Route]:
+    """The ways that rows go, in the order of their first rows."""
+    here, there = rows.place, target
+    pair = here.codes * len(there.words) + there.codes
+    routes = []
+    for code in dict.fromkeys(pair.tolist()):
+        chosen = np.flatnonzero(pair == code)
+        ends = here.words[code // len(there.words)], there.words[code % len(there.words)]
+        source, to = (topology.instance(end, decode) for end in ends)
+        if (path := topology.path(source, to)) is None:
             raise PassError(
-                f"{quoted(name)}: its KV is on {symbol(here)} and it decodes on {symbol(there)}, "
-                "which no links connect; declare a cluster.link",
+                f"{quoted(rows.names[int(chosen[0])])}: its KV is on {symbol(ends[0])} and it "
+                f"decodes on {symbol(ends[1])}, which no links connect; declare a cluster.link",
                 decode,
             )
-        size = tokens * source.kv_bytes_per_token
-        us = path.transfer_us(size)
-        for link in path.links:
-            busy[link] += size
-            us = max(us, path.latency_us + 1e6 * busy[link] / link.bytes_per_s)
-        sizes.append(int(size))
-        times.append(round(us))
-        paths.append("-".join(path.places))
-    return sizes, times, paths
+        routes.append(_Route(chosen, path, source.kv_bytes_per_token))
+    return routes
+
+
+def _moves(
+    routes: list[_Route], rows: flow.Table, busy: dict[Link, float]
+) -> tuple[Ints, Ints, WordsAttr]:
+    """Bytes, microseconds and path of each row, in order: on a link the earlier rows go first."""
+    size, us = np.zeros(len(rows)), np.zeros(len(rows))
+    via = np.zeros(len(rows), np.int64)
+    for number, route in enumerate(routes):
+        size[route.rows] = rows.prompt[route.rows] * route.bytes_per_token
+        us[route.rows] = route.path.transfer_us(size[route.rows])
+        via[route.rows] = number
+    for link in dict.fromkeys(link for route in routes for link in route.path.links):
+        sharing = [route for route in routes if link in route.path.links]
+        shared = np.sort(np.concatenate([route.rows for route in sharing]))
+        before = np.cumsum(size[shared]) + busy[link]
+        busy[link] = float(before[-1])
+        latency = np.zeros(len(rows))
+        for route in sharing:
+            latency[route.rows] = route.path.latency_us
+        us[shared] = np.maximum(us[shared], latency[shared] + 1e6 * before / link.bytes_per_s)
+    paths = tuple("-".join(route.path.places) for route in routes)
+    return size.astype(np.int64), np.round(us).astype(np.int64), WordsAttr.of(paths, via)

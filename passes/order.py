@@ -14,7 +14,7 @@ from sagec.dialects.columns import quoted
 from sagec.dialects.pd import TableOp
 from sagec.dialects.rows import symbol
 from sagec.passes.errors import PassError, place_of
-from sagec.passes.flow import graphs, ops_in
+from sagec.passes.flow import graphs, ops_in, ops_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OrderPass(ModulePass):
         for graph in graphs(op):
             check_escapes(graph)
             check_unique(graph)
-            for phase in [o for o in ops_in(graph) if isinstance(o, pd.PhaseOp)]:
+            for phase in ops_of(graph, pd.PhaseOp):
                 sort(phase.body.block)
             sort(graph.body.block)
 

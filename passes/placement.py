@@ -7,16 +7,18 @@ The objective is the makespan T in microseconds, the largest of
 - each link's time: the bytes over it, in each direction by itself, over its bandwidth;
 
 plus MINOR times (the longest prefill queue and the sum of all transfers), which decides between
-equal makespans: prefills spread, and KV stays where it is. `greedy` serves a scheduling round;
-`solve` (HiGHS) serves offline compiles and says how far it may be from the best.
+equal makespans: prefills spread, and KV stays where it is. `greedy` serves a scheduling round; for
+offline compiles there are `improve` and, in `solver`, an exact answer.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +35,7 @@ MINOR = 1e-3
 """Weight of what decides between placements of the same makespan."""
 
 
-@dataclass(frozen=True)
-class Hop:
+class Hop(NamedTuple):
     """What moving KV from a prefill to a decode site takes. links: (link, us per token) passed.
 
     same: one instance does both, and nothing moves.
@@ -52,23 +53,38 @@ class Sites:
 
     prefill_at, decode_at: index of each among the instances. decode_at and hops have one column
     more than there are instances that decode: "nowhere", for rows that are only prefilled.
-    costs: the different step costs; prefill_cost, decode_cost: which of them each has.
-    capacity_tokens: the KV cache of each that decodes. hops: [P][D + 1], None without a path.
+    costs: the different step costs; cost_of, capacity_tokens: of each instance its cost among
+    them, and its KV cache. hops: [P][D + 1], None without a path.
     """
 
-    num_instances: int
     num_links: int
     prefill_at: list[int]
     decode_at: list[int]
     costs: tuple[StepCost, ...]
-    prefill_cost: Ints
-    decode_cost: Ints
+    cost_of: Ints
     capacity_tokens: Floats
     hops: list[list[Hop | None]]
+
+    @property
+    def num_instances(self) -> int:
+        return len(self.cost_of)
 
     @functools.cached_property
     def all_connected(self) -> bool:
         return all(hop is not None for hops in self.hops for hop in hops)
+
+    @functools.cached_property
+    def alone_us(self) -> Floats:
+        """Of each cost, what a decode step takes beside its requests."""
+        return np.array([float(cost.step_us(0, 0, 0)) for cost in self.costs])
+
+    @functools.cached_property
+    def nearest(self) -> tuple[float, float]:
+        """The least latency and microseconds a token of any move; zeros where KV may stay."""
+        hops = [hop for row in self.hops for hop in row[:-1] if hop is not None]
+        if not hops or any(hop.same for hop in hops):
+            return 0.0, 0.0
+        return min(hop.latency_us for hop in hops), min(hop.us_per_token for hop in hops)
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,14 +96,14 @@ def sites_of(topology: Topology, matching: bool = True) -> Sites:
     links: dict[tuple[int, bool], int] = {}
     hops = [[*(_hop(topology, a, b, links, matching) for b in decodes), Hop()] for a in prefills]
     return Sites(
-        num_instances=len(topology.instances),
         num_links=len(links),
         prefill_at=[one.index for one in prefills],
         decode_at=[*(one.index for one in decodes), len(topology.instances)],
         costs=costs,
-        prefill_cost=np.array([costs.index(one.cost) for one in prefills], np.int64),
-        decode_cost=np.array([costs.index(one.cost) for one in decodes], np.int64),
-        capacity_tokens=np.array([float(one.kv_blocks * one.block_tokens) for one in decodes]),
+        cost_of=np.array([costs.index(one.cost) for one in topology.instances], np.int64),
+        capacity_tokens=np.array(
+            [float(one.kv_blocks * one.block_tokens) for one in topology.instances]
+        ),
         hops=hops,
     )
 
@@ -158,10 +174,33 @@ class Problem:
         hops = [[hop is not None for hop in row[:width]] for row in self.sites.hops]
         return np.array(hops, np.bool_).reshape(len(hops), width)
 
+    def where(
+        self,
+        may_prefill: npt.NDArray[np.bool_],
+        may_decode: npt.NDArray[np.bool_],
+        decoded: npt.NDArray[np.bool_],
+    ) -> Problem:
+        """The problem with rows only where they may be: [rows, P], [rows, D], and [rows].
+
+        Rows that are not decoded go "nowhere" for it.
+        """
+        prefill_us, decode_us, kv_us = self.prefill_us, self.decode_us, self.kv_us
+        if not may_prefill.all():
+            prefill_us = np.where(may_prefill, prefill_us, inf)
+        if not (all_decoded := bool(decoded.all())):
+            may_decode = may_decode & decoded[:, None]
+        if not may_decode.all():
+            decode_us = np.where(may_decode, decode_us, inf)
+        if not all_decoded:
+            decode_us = np.column_stack([decode_us, np.where(decoded, inf, 0.0)])
+            kv_us = np.column_stack([kv_us, np.zeros(len(self))])
+        return replace(self, prefill_us=prefill_us, decode_us=decode_us, kv_us=kv_us)
+
     def stuck_row(self) -> int | None:
         """The first row that no pair of sites takes; None where all can be placed."""
         prefills, decodes = np.isfinite(self.prefill_us), np.isfinite(self.decode_us)
-        if self.sites.all_connected and prefills.all() and decodes.all() and decodes.size:
+        free = prefills.all() and prefills.size and decodes.all() and decodes.size
+        if free and self.sites.all_connected:
             return None
         reached = (prefills.astype(np.float64) @ self.connected) > 0
         stuck = np.flatnonzero(~(reached & decodes).any(axis=1))
@@ -169,28 +208,38 @@ class Problem:
 
 
 def problem_of(
-    sites: Sites,
-    begin: Ints,
-    end: Ints,
-    decodes: Ints,
-    load_us: Floats,
-    kv_load_us: Floats,
+    sites: Sites, begin: Ints, end: Ints, decodes: Ints, load_us: Floats, kv_load_us: Floats
 ) -> Problem:
     """The problem of rows that prefill the tokens [begin, end) and then decode some, anywhere."""
     context = end + decodes / 2
     prefill = np.array([cost.prefill_us(begin, end) for cost in sites.costs])
-    each = np.array([cost.decode_us(context) for cost in sites.costs])
-    alone = np.array([[float(cost.step_us(0, 0, 0))] for cost in sites.costs])
-    stay = (alone + each) * (context * decodes)
+    each: Floats = np.array([cost.decode_us(context) for cost in sites.costs])
+    stay = (sites.alone_us[:, None] + each) * (context * decodes)
+    here = sites.cost_of[sites.prefill_at]
+    there = sites.cost_of[sites.decode_at[:-1]]
     return Problem(
         sites=sites,
-        prefill_us=prefill[sites.prefill_cost].T,
-        decode_us=(each * decodes)[sites.decode_cost].T,
-        kv_us=stay[sites.decode_cost].T / sites.capacity_tokens,
+        prefill_us=prefill[here].T,
+        decode_us=np.multiply(each, decodes, dtype=np.float64)[there].T,
+        kv_us=stay[there].T / sites.capacity_tokens[sites.decode_at[:-1]],
         moved_tokens=end.astype(np.float64),
         load_us=load_us,
         kv_load_us=kv_load_us,
     )
+
+
+def loads_of(sites: Sites, at: Ints, context: Ints, decodes: Ints) -> tuple[Floats, Floats]:
+    """load_us and kv_load_us of residents: `at` is the instance of each, by number.
+
+    They are added up by instance first, so that thousands cost little more than one.
+    """
+    width = sites.num_instances
+    tokens = np.bincount(at, weights=decodes, minlength=width)
+    pairs = np.bincount(at, weights=(context + decodes * 0.5) * decodes, minlength=width)
+    mean = pairs / np.maximum(tokens, 1.0)
+    each = np.array([cost.decode_us(mean) for cost in sites.costs])[sites.cost_of, range(width)]
+    stay = (sites.alone_us[sites.cost_of] + each) * pairs / sites.capacity_tokens
+    return np.append(each * tokens, 0.0), np.append(stay, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +264,7 @@ class Loads:
 
     def __init__(self, problem: Problem) -> None:
         self.hops, self.decode_at = problem.sites.hops, problem.decode_at
-        self.prefill_at = problem.sites.prefill_at
+        self.prefill_at, self.nearest = problem.sites.prefill_at, problem.sites.nearest
         self.prefill_us: list[list[float]] = problem.prefill_us.tolist()
         self.decode_us: list[list[float]] = problem.decode_us.tolist()
         self.kv_us: list[list[float]] = problem.kv_us.tolist()
@@ -240,21 +289,25 @@ class Loads:
         prefill, decode = pair
         here, there = self.prefill_at[prefill], self.decode_at[decode]
         us = sign * self.prefill_us[row][prefill]
-        self.time[here] += us
+        time, kv, peak = self.time, self.kv, self.peak_us
+        time[here] += us
         self.queue[here] += us
-        self.time[there] += sign * self.decode_us[row][decode]
-        self.kv[there] += sign * self.kv_us[row][decode]
-        peak = max(self.time[here], self.time[there], self.kv[there])
+        time[there] += sign * self.decode_us[row][decode]
+        kv[there] += sign * self.kv_us[row][decode]
         hop = self.hops[prefill][decode]
         assert hop is not None
-        if not hop.same:
+        latency_us, us_per_token, links, same = hop
+        if not same:
             tokens = sign * self.moved_tokens[row]
-            self.transfers_us += sign * hop.latency_us + tokens * hop.us_per_token
-            for link, us_per_token in hop.links:
-                self.link[link] += tokens * us_per_token
-                peak = max(peak, self.link[link])
-        if peak > self.peak_us:
-            self.peak_us = peak
+            self.transfers_us += sign * latency_us + tokens * us_per_token
+            for link, us_per_token in links:
+                self.link[link] = us = self.link[link] + tokens * us_per_token
+                if us > peak:
+                    peak = us
+        for us in (time[here], time[there], kv[there]):
+            if us > peak:
+                peak = us
+        self.peak_us = peak
 
     def choose(self, row: int) -> Pair:
         """The pair that raises the makespan least; of equals the least loaded, then the nearest.
@@ -264,38 +317,57 @@ class Loads:
         Pairs are tried in the order of their load, and no more than can still be the best.
         """
         time, kv, peak = self.time, self.kv, self.peak_us
-        decode_us = self.decode_us[row]
         prefill = [
             time[i] + us for i, us in zip(self.prefill_at, self.prefill_us[row], strict=True)
         ]
+        decode_us = self.decode_us[row]
         decode = [
             x if (x := time[i] + us) > (y := kv[i] + stay) else y
             for i, us, stay in zip(self.decode_at, decode_us, self.kv_us[row], strict=True)
         ]
-        by_decode = sorted(range(len(decode)), key=decode.__getitem__)
-        best, chosen = np.inf, None
-        for p in sorted(range(len(prefill)), key=prefill.__getitem__):
-            before = prefill[p]
+        by_decode = _ascending(decode)
+        least = decode[by_decode[0]]
+        floor = least if least > peak else peak
+        tokens = self.moved_tokens[row]
+        nearest_us = self.nearest[0] + self.nearest[1] * tokens
+        best, chosen = inf, None
+        for p in _ascending(prefill):
+            before, hops = prefill[p], self.hops[p]
+            ahead = before + nearest_us
+            if (before if before > floor else floor) + MINOR * (ahead + least) >= best:
+                break
             for d in by_decode:
                 after = decode[d]
-                if max(before, after, peak) + MINOR * (before + after) >= best:
+                worst = after if after > peak else peak
+                if (worst if worst > before else before) + MINOR * (ahead + after) >= best:
                     break
-                if (hop := self.hops[p][d]) is not None:
-                    score = self._score(row, hop, before, after, decode_us[d])
-                    if score < best:
-                        best, chosen = score, (p, d)
+                if (hop := hops[d]) is None:
+                    continue
+                arrived = before
+                if not hop[3]:
+                    arrived += hop[0] + hop[1] * tokens
+                    for link, us_per_token in hop[2]:
+                        if (us := self.link[link] + tokens * us_per_token) > worst:
+                            worst = us
+                done = arrived + decode_us[d]
+                score = (worst if worst > done else done) + MINOR * (arrived + after)
+                if score < best:
+                    best, chosen = score, (p, d)
         assert chosen is not None, "a row without a pair; ask stuck_row first"
         return chosen
 
-    def _score(self, row: int, hop: Hop, before: float, after: float, decode_us: float) -> float:
-        if hop.same:
-            return max(before + decode_us, after, self.peak_us) + MINOR * (before + after)
-        tokens = self.moved_tokens[row]
-        moving = hop.latency_us + tokens * hop.us_per_token
-        worst = max(before + moving + decode_us, after, self.peak_us)
-        for link, us_per_token in hop.links:
-            worst = max(worst, self.link[link] + tokens * us_per_token)
-        return worst + MINOR * (before + after + moving)
+
+_ONLY = (0,)
+_FIRST_SECOND, _SECOND_FIRST = (0, 1), (1, 0)
+
+
+def _ascending(values: list[float]) -> Sequence[int]:
+    """Indices of the values, the smallest first; of equals the first."""
+    if len(values) == 1:
+        return _ONLY
+    if len(values) == 2:
+        return _FIRST_SECOND if values[0] <= values[1] else _SECOND_FIRST
+    return sorted(range(len(values)), key=values.__getitem__)
 
 
 def greedy(problem: Problem) -> Assignment:
@@ -406,8 +478,8 @@ class _Search:
         loads = self.loads
         return (
             loads.hops[pair[0]][pair[1]] is not None
-            and loads.prefill_us[row][pair[0]] < np.inf
-            and loads.decode_us[row][pair[1]] < np.inf
+            and loads.prefill_us[row][pair[0]] < inf
+            and loads.decode_us[row][pair[1]] < inf
         )
 
     def _critical(self) -> list[int]:

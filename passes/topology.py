@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
-from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
 from xdsl.ir import Operation
 
@@ -15,6 +16,7 @@ from sagec.dialects import cluster
 from sagec.dialects.rows import symbol
 from sagec.dialects.scalars import Value, value_of
 from sagec.passes.errors import PassError
+from sagec.passes.recent import Recent
 from sagec.runtime.cost import StepCost
 
 _DTYPE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
@@ -141,9 +143,9 @@ class Path:
     bytes_per_s: float
     latency_us: float
 
-    def transfer_us(self, num_bytes: float) -> float:
+    def transfer_us(self, num_bytes: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Time for `num_bytes` where nothing else is on the way."""
-        return self.latency_us + 1e6 * num_bytes / self.bytes_per_s
+        return self.latency_us + 1e6 * np.asarray(num_bytes) / self.bytes_per_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,10 +230,8 @@ class Topology:
 _Way = tuple[float, tuple[str, ...], tuple[Link, ...]]
 """Microseconds, places and links of a way."""
 
-_Key = tuple[tuple[object, ...], ...]
-_read: OrderedDict[int, tuple[_Key, Topology]] = OrderedDict()
-_MODULES = 8
-"""Modules whose topology is kept. Not weakly: a topology holds ops, and so its module."""
+_KINDS = {cluster.ModelOp, cluster.DeviceOp, cluster.SwitchOp, cluster.LinkOp, cluster.InstanceOp}
+_recent: Recent[Topology] = Recent()
 
 
 def topology_of(module: ModuleOp) -> Topology:
@@ -239,14 +239,9 @@ def topology_of(module: ModuleOp) -> Topology:
 
     Raises PassError for a name that nothing has.
     """
-    ops = [op for op in module.ops if op.name.startswith("cluster.")]
-    key = tuple((op, *op.properties.values()) for op in ops)
-    known = _read.get(id(module))
-    if known is None or known[0] != key:
-        _read[id(module)] = known = (key, _topology(ops))
-        if len(_read) > _MODULES:
-            _read.popitem(last=False)
-    return known[1]
+    ops = [op for op in module.body.block.ops if type(op) in _KINDS]
+    key = (*ops, *[attr for op in ops for attr in op.properties.values()])
+    return _recent.answer(module, key, lambda: _topology(ops))
 
 
 def _topology(ops: list[Operation]) -> Topology:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
 from xdsl.ir import Operation
 
-from sagec.dialects import kv, pd
+from sagec.dialects import pd
 from sagec.dialects.columns import Ints, ListsAttr, WordsAttr
 from sagec.passes import flow
 from sagec.passes.chunk_prefill import bounds_of
 from sagec.passes.errors import PassError
 from sagec.passes.flow import Bools
+from sagec.passes.recent import Recent
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Topology
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """The requests of one instance: those it prefills, in rank order, then those it only decodes.
 
@@ -52,7 +52,7 @@ class Work:
         return -(-(self.prompt + self.decodes) // self.instance.block_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Side:
     """The rows of all prefills of a graph, or of all its decodes; tokens: decoded by each."""
 
@@ -61,36 +61,31 @@ class _Side:
     tokens: Ints
 
 
-_made: weakref.WeakKeyDictionary[Operation, tuple[int, tuple[Work, ...]]] = (
-    weakref.WeakKeyDictionary()
-)
+_recent: Recent[tuple[Work, ...]] = Recent()
 
 
 def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
     """The work of each instance that has some, in the order of the module's instances.
 
-    Made again only when an op of the graph that bears on it has changed. Raises PassError where
-    an op names an instance that the module does not have, or a row has no place.
+    Made again only when an op that bears on it has changed. Raises PassError where an op names an
+    instance that the module does not have, or a row has no place.
     """
-    ops = flow.ops_in(graph)
-    key = hash((id(topology), *map(id, graph.properties.values()), *map(_stamp, ops)))
-    known = _made.get(graph)
-    if known is None or known[0] != key:
-        _made[graph] = known = (key, _work(graph, ops, topology))
-    return known[1]
+    ops = [op for op in flow.ops_in(graph) if type(op) in _BEARING]
+    key = (topology, graph.number("horizon"), *[part for op in ops for part in _parts(op)])
+    return _recent.answer(graph, key, lambda: _work(graph, ops, topology))
 
 
-def _stamp(op: Operation) -> int:
-    """Changes when the op is another, or has other operands or properties."""
-    if isinstance(op, pd.StepsOp | pd.LeaveOp | kv.ReserveOp):
-        return 0
-    return hash((id(op), *map(id, op.operands), *map(id, op.properties.values())))
+_BEARING = {pd.PrefillOp, pd.DecodeOp, pd.TransferOp}
+
+
+def _parts(op: Operation) -> tuple[object, ...]:
+    return (op.name, flow.table(op.operands[0]), *op.properties.values())
 
 
 def _work(graph: pd.GraphOp, ops: list[Operation], topology: Topology) -> tuple[Work, ...]:
-    prefills, bounds = _prefills([op for op in ops if isinstance(op, pd.PrefillOp)])
-    decodes = _decodes([op for op in ops if isinstance(op, pd.DecodeOp)], graph.number("horizon"))
-    _check_names([op for op in ops if isinstance(op, pd.PrefillOp | pd.DecodeOp)], topology)
+    prefills, bounds = _prefills([op for op in ops if type(op) is pd.PrefillOp])
+    decodes = _decodes([op for op in ops if type(op) is pd.DecodeOp], graph.number("horizon"))
+    _check_names([op for op in ops if type(op) is not pd.TransferOp], topology)
     splitter = _Splitter(prefills, bounds, decodes, _transfers(ops))
     works = [splitter.work(instance) for instance in topology.instances]
     return tuple(work for work in works if len(work.names))
@@ -138,7 +133,7 @@ def _transfers(ops: list[Operation]) -> dict[str, tuple[str, int]]:
     """Of each row that moves, the instance it leaves and the microseconds it takes."""
     moves: dict[str, tuple[str, int]] = {}
     for op in ops:
-        if isinstance(op, pd.TransferOp):
+        if type(op) is pd.TransferOp:
             us = op.column("us").tolist()
             moves |= zip(op.names, zip(op.words("source"), us, strict=True), strict=True)
     return moves
@@ -167,34 +162,34 @@ class _Splitter:
     def work(self, instance: Instance) -> Work:
         """The work of one instance."""
         pre = _rows_on(self.prefills.on, instance.name)
-        here = _rows_on(self.decodes.on, instance.name)
+        here = np.append(_is_on(self.decodes.on, instance.name), False)
         decode_row = self.decode_row[pre]
-        only = here[~np.isin(here, decode_row)] if pre.size else here
-        local = np.isin(decode_row, here)
-        decodes = np.concatenate([np.where(local, self.tokens[decode_row], 0), self.tokens[only]])
-        return self._joined(instance, pre, only, decodes, self._targets(decode_row, local))
+        local = here[decode_row]
+        here[decode_row] = False
+        only = np.flatnonzero(here)
+        tokens = np.where(local, self.tokens[decode_row], 0)
+        decodes = np.concatenate([tokens, self.tokens[only]]) if len(only) else tokens
+        return self._joined(instance, pre, only, decodes, self._targets(decode_row, local, only))
 
-    def _targets(self, decode_row: Ints, local: Bools) -> list[str]:
-        words, codes = self.decodes.on.words, self.decodes.on.codes
-        rows = zip(decode_row.tolist(), local.tolist(), strict=True)
-        return ["" if stays or row >= len(codes) else words[codes[row]] for row, stays in rows]
+    def _targets(self, decode_row: Ints, local: Bools, only: Ints) -> WordsAttr:
+        """Where the KV of each prefilled row goes; nowhere for the others."""
+        nowhere = len(self.decodes.on.words)
+        codes = np.append(self.decodes.on.codes, nowhere)[decode_row]
+        codes[local] = nowhere
+        others = np.full(len(only), nowhere)
+        return WordsAttr.of((*self.decodes.on.words, ""), np.concatenate([codes, others]))
 
     def _joined(
-        self, instance: Instance, pre: Ints, only: Ints, decodes: Ints, targets: list[str]
+        self, instance: Instance, pre: Ints, only: Ints, decodes: Ints, target: WordsAttr
     ) -> Work:
         prefills, others = _take(self.prefills.rows, pre), _take(self.decodes.rows, only)
-        rows = flow.joined([prefills, others]) if len(prefills) else others
-        came = np.flatnonzero(~others.resident | (others.arriving)) if len(others) else only
-        moved = [self.transfers.get(others.names[row], ("", 0)) for row in came.tolist()]
-        source = np.zeros(len(rows), np.int64)
-        us = np.zeros(len(rows), np.int64)
-        at = came + len(prefills)
-        words = WordsAttr.from_rows([name for name, _ in moved])
-        source[at] = words.codes + 1
-        us[at] = [time for _, time in moved]
+        rows = flow.joined([prefills, others])
         awaited = np.zeros(len(rows), np.bool_)
-        awaited[at] = True
-        generate = np.where(rows.generate >= pd.UNBOUNDED, decodes, rows.generate)
+        awaited[len(prefills) :] = ~others.resident | others.arriving
+        source, us = self._arrivals(rows, np.flatnonzero(awaited))
+        whole = rows.prompt + np.where(
+            decodes > 0, np.where(rows.generate >= pd.UNBOUNDED, decodes, rows.generate), 0
+        )
         return Work(
             instance=instance,
             names=rows.names,
@@ -203,23 +198,41 @@ class _Splitter:
             held=rows.computed + rows.cached,
             cached=rows.cached,
             decodes=decodes,
-            whole=rows.prompt + np.where(decodes > 0, generate, 0),
+            whole=whole,
             deadline=rows.deadline,
             bounds=self.bounds if len(pre) == len(self.bounds) else self.bounds.take(pre),
-            source=WordsAttr.of(("", *words.words), source),
-            target=WordsAttr.from_rows(targets + [""] * len(only)),
+            source=source,
+            target=target,
             transfer_us=us,
             awaited=awaited,
         )
 
+    def _arrivals(self, rows: flow.Table, awaited: Ints) -> tuple[WordsAttr, Ints]:
+        """Where the KV of each row comes from, and how long that takes; what is on its way comes
+        from here."""
+        us = np.zeros(len(rows), np.int64)
+        codes = np.zeros(len(rows), np.int64)
+        if not awaited.size:
+            return WordsAttr.of(("",), codes), us
+        here = [rows.place.words[code] for code in rows.place.codes[awaited].tolist()]
+        moves = [
+            self.transfers.get(rows.names[row], (place, 0))
+            for row, place in zip(awaited.tolist(), here, strict=True)
+        ]
+        words = WordsAttr.from_rows([name for name, _ in moves])
+        codes[awaited] = words.codes + 1
+        us[awaited] = [time for _, time in moves]
+        return WordsAttr.of(("", *words.words), codes), us
+
+
+def _is_on(on: WordsAttr, name: str) -> Bools:
+    if on.words == (name,):
+        return np.ones(len(on), np.bool_)
+    return on.codes == (on.words.index(name) if name in on.words else len(on.words))
+
 
 def _rows_on(on: WordsAttr, name: str) -> Ints:
-    if on.words == (name,):
-        return np.arange(len(on))
-    return np.flatnonzero(on.codes == on.words.index(name)) if name in on.words else _NO_ROWS
-
-
-_NO_ROWS: Ints = np.zeros(0, np.int64)
+    return np.flatnonzero(_is_on(on, name))
 
 
 def _take(rows: flow.Table, chosen: Ints) -> flow.Table:

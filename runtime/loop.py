@@ -10,7 +10,7 @@
 A request goes waiting -> running (prefilling, arriving elsewhere, decoding) -> finished. A token's
 index in its request is its identity: one that is there already is dropped, a gap fails the request.
 A round asks the strategy and the planner. There is one when a request came, a plan is done, KV came
-for an instance that has no plan, or something failed; never one for a mere step.
+for an instance whose plan does not await it, or something failed; never one for a mere step.
 """
 
 import dataclasses
@@ -42,6 +42,9 @@ from sagec.runtime.strategies import Strategy
 
 FUTILE_ROUNDS = 8
 """Rounds in a row without a step, a hand-over or a new request after which none will help."""
+
+
+_SAID_BY_ENGINES = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class LoopError(RuntimeError):
@@ -188,13 +191,15 @@ class _Serving:
     """How far a request's service is.
 
     known_on: the instance that knows the request, with the first `base` tokens of its output as
-    part of its prompt. cancelled: it leaves for good. handle: its KV on the way.
+    part of its prompt. shadow_on: one that still knows what it was before, or awaits its KV.
+    cancelled: it leaves for good. handle: its KV on the way.
     """
 
     request: Request
     row: int
     output: list[int] = dataclasses.field(default_factory=list)
     known_on: int | None = None
+    shadow_on: int | None = None
     base: int = 0
     cancelled: bool = False
     handle: KVHandle | None = None
@@ -327,7 +332,6 @@ class Loop:
             return
         serving.cancelled = True
         if self._table.phase[serving.row] == WAITING:
-            self._forget(serving)
             self._finish(serving, FinishReason.CANCELLED, "")
         else:
             self._recall(serving)
@@ -349,12 +353,12 @@ class Loop:
         for request_id, reason in report.finished:
             if serving := self._on(report.instance, request_id):
                 self._finish(serving, reason, "")
+        self._changed(only_if=bool(report.finished) and len(self._table.waiting()) > 0)
 
     def _token(self, serving: _Serving, index: int, token: int, report: StepReport) -> None:
         if index < len(serving.output):
             return
         if index > len(serving.output):
-            self._forget(serving)
             detail = (
                 f"instance {report.instance!r} sent token {index} of {serving.request.id!r} "
                 f"after token {len(serving.output) - 1}; those between are lost"
@@ -375,21 +379,28 @@ class Loop:
         if serving is None:
             self._actions.append(Discard(handle))
             return
-        leaving = self._table.phase[serving.row] == LEAVING
         serving.known_on = None
-        if leaving or not self._alive[target]:
+        if self._table.phase[serving.row] == LEAVING:  # its Cancelled is still to come
+            self._actions.append(Discard(handle))
+            return
+        if not self._alive[target]:
             self._actions.append(Discard(handle))
             self._go_on_waiting(serving)
             return
-        self._changed(only_if=self._plan_lacks(target, handle.request.id))
+        waiting = len(self._table.waiting()) > 0
+        self._changed(only_if=waiting or not self._imports(target, handle.request.id))
         serving.known_on, serving.handle = target, handle
+        self._drop_shadow(serving, keep=target)
         self._table.move(serving.row, target, arriving=True)
         self._table.progress(serving.row, handle.computed_tokens)
         self._actions.append(Deliver(handle.target, handle))
 
-    def _plan_lacks(self, instance: int, request_id: str) -> bool:
-        """Whether KV that comes to this instance needs a round: it has no plan at all."""
-        return self._plans[instance] is None
+    def _imports(self, instance: int, request_id: str) -> bool:
+        """Whether the plan at work there knows that this KV comes."""
+        plan = self._plans[instance]
+        return plan is not None and request_id in (
+            plan.request_ids[row] for row in plan.imports.row.tolist()
+        )
 
     def _imported(self, event: KVImported) -> None:
         self._futile_rounds = 0
@@ -439,6 +450,8 @@ class Loop:
             phase = self._table.phase[serving.row]
             if serving.known_on == index:
                 serving.known_on = None
+            if serving.shadow_on == index:
+                serving.shadow_on = None
             if phase == WAITING:
                 continue
             if self._table.instance[serving.row] == index:
@@ -470,7 +483,9 @@ class Loop:
         serving.attempts += 1
         if serving.handle is not None:
             self._actions.append(Discard(serving.handle))
-        self._cancel_on(serving, int(self._table.decode_on[serving.row]))
+        if (target := int(self._table.decode_on[serving.row])) != self._table.instance[serving.row]:
+            self._drop_shadow(serving, keep=target)
+            serving.shadow_on = target
         if serving.attempts > self._max_attempts and not serving.cancelled:
             self._finish(serving, FinishReason.FAILED, error)
         else:
@@ -491,11 +506,11 @@ class Loop:
             if index is not None:
                 self._cancel_on(serving, index)
 
-    def _forget(self, serving: _Serving) -> None:
-        """Let the instance that knows the request, but is not asked to run it, forget it."""
-        if serving.known_on is not None:
-            self._cancel_on(serving, serving.known_on)
-            serving.known_on = None
+    def _drop_shadow(self, serving: _Serving, keep: int | None = None) -> None:
+        """Let an instance forget what the request was before, unless its KV goes there anyway."""
+        if serving.shadow_on is not None and serving.shadow_on != keep:
+            self._cancel_on(serving, serving.shadow_on)
+        serving.shadow_on = None
 
     def _cancel_on(self, serving: _Serving, index: int) -> None:
         if self._alive[index]:
@@ -503,6 +518,9 @@ class Loop:
 
     def _finish(self, serving: _Serving, reason: FinishReason, detail: str) -> None:
         request = serving.request
+        self._drop_shadow(serving)
+        if reason not in _SAID_BY_ENGINES and serving.known_on is not None:
+            self._cancel_on(serving, serving.known_on)
         report = RequestReport(
             request_id=request.id,
             reason=reason,
@@ -544,20 +562,22 @@ class Loop:
     def _reject(self, state: State, decision: Decision) -> None:
         for row in decision.rejected.tolist():
             serving = self._serving[state.waiting.ids[row]]
-            self._forget(serving)
             self._finish(serving, FinishReason.REJECTED, decision.reason[row])
 
     def _submit(self, plan: ExecutionPlan) -> None:
         index = self._index.get(plan.target_instance_id)
         if index is None or not self._alive[index]:
+            live = [i.id for i, alive in zip(self.instances, self._alive, strict=True) if alive]
             raise LoopError(
                 f"plan {plan.plan_id}: no live instance {plan.target_instance_id!r}; "
-                f"there are: {', '.join(i.id for i in self.instances if self._alive[self._index[i.id]])}"
+                f"there are: {', '.join(live)}"
             )
         decode_on = dict(zip(plan.exports.row.tolist(), plan.exports.peer.tolist(), strict=True))
         requests = []
         for row in np.unique(plan.chunks.row).tolist():
-            serving = self._planned(plan, row)
+            serving = self._serving.get(plan.request_ids[row])
+            if serving is None:
+                continue
             if self._table.phase[serving.row] == WAITING:
                 requests += self._place(serving, index)
             if self._table.instance[serving.row] == index:
@@ -565,18 +585,13 @@ class Loop:
                     plan.peers[decode_on[row]] if row in decode_on else self.instances[index].id
                 )
                 self._table.decode_on[serving.row] = self._index[target]
+                if serving.shadow_on != self._index[target]:
+                    self._drop_shadow(serving)
         for row in plan.preemptions.row.tolist():
-            self._table.leave(self._planned(plan, row).row)
+            if serving := self._serving.get(plan.request_ids[row]):
+                self._table.leave(serving.row)
         self._plans[index] = plan
         self._actions.append(Submit(plan.target_instance_id, plan, tuple(requests)))
-
-    def _planned(self, plan: ExecutionPlan, row: int) -> _Serving:
-        serving = self._serving.get(plan.request_ids[row])
-        if serving is None:
-            raise LoopError(
-                f"plan {plan.plan_id}: row {row} names {plan.request_ids[row]!r}, which is not live"
-            )
-        return serving
 
     def _place(self, serving: _Serving, index: int) -> list[Request]:
         """Give a waiting request to an instance; the request, if the instance has to be told it."""
@@ -585,7 +600,9 @@ class Loop:
             serving.admitted_us = self._now_us
         if serving.known_on == index:
             return []
-        self._forget(serving)
+        if serving.known_on is not None:
+            self._drop_shadow(serving)
+            serving.shadow_on = serving.known_on
         serving.known_on, serving.base = index, len(serving.output)
         return [self._as_sent(serving)]
 
@@ -638,6 +655,5 @@ class Loop:
         if at_work or leaving or self._due or self._again_us is not None:
             return
         for serving in list(self._serving.values()):
-            self._forget(serving)
             detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
             self._finish(serving, FinishReason.FAILED, detail)

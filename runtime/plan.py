@@ -27,6 +27,13 @@ Column = npt.NDArray[np.int64]
 EMPTY: Column = np.zeros(0, np.int64)
 EMPTY.flags.writeable = False
 
+
+def _column() -> Column:
+    """A column that is empty unless given; by a factory, for the schema cannot show an array."""
+    column: Column = msgspec.field(default_factory=lambda: EMPTY)
+    return column
+
+
 RECOMPUTE, SWAP = 0, 1
 """How a preempted row's KV leaves the device: dropped, or moved to host memory."""
 
@@ -35,7 +42,7 @@ class PlanError(ValueError):
     """A plan that cannot be read or does not hold together; says where, what and the remedy."""
 
 
-class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Columns of one length."""
 
     def __len__(self) -> int:
@@ -51,7 +58,7 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return hash(tuple(getattr(self, name).tobytes() for name in self.__struct_fields__))
 
 
-class Rows(_Table, frozen=True):
+class Rows(Table, frozen=True):
     """A row a request: what the engine must know of it, beside its tokens.
 
     prompt_tokens: tokens to compute before the first one can be sampled.
@@ -60,26 +67,26 @@ class Rows(_Table, frozen=True):
     deadline_us: when the next token is late, on the loop's clock; 0 where nobody said.
     """
 
-    prompt_tokens: Column = EMPTY
-    computed_tokens: Column = EMPTY
-    kv_blocks: Column = EMPTY
-    deadline_us: Column = EMPTY
+    prompt_tokens: Column = _column()
+    computed_tokens: Column = _column()
+    kv_blocks: Column = _column()
+    deadline_us: Column = _column()
 
 
-class Chunks(_Table, frozen=True):
+class Chunks(Table, frozen=True):
     """Prompt tokens [begin, end) of a row, computed in a step; ordered by step, then as computed.
 
     samples: 1 where the chunk ends its prompt, so that the step samples the row's next token.
     """
 
-    step: Column = EMPTY
-    row: Column = EMPTY
-    begin: Column = EMPTY
-    end: Column = EMPTY
-    samples: Column = EMPTY
+    step: Column = _column()
+    row: Column = _column()
+    begin: Column = _column()
+    end: Column = _column()
+    samples: Column = _column()
 
 
-class Decodes(_Table, frozen=True):
+class Decodes(Table, frozen=True):
     """Rows that decode a token a step.
 
     A row joins at the first step >= begin_step at which its KV is on the instance and its prompt
@@ -87,49 +94,49 @@ class Decodes(_Table, frozen=True):
     waits for it.
     """
 
-    row: Column = EMPTY
-    begin_step: Column = EMPTY
-    until_tokens: Column = EMPTY
+    row: Column = _column()
+    begin_step: Column = _column()
+    until_tokens: Column = _column()
 
 
-class Preemptions(_Table, frozen=True):
+class Preemptions(Table, frozen=True):
     """Rows that leave the instance before step 0; how is RECOMPUTE or SWAP."""
 
-    row: Column = EMPTY
-    how: Column = EMPTY
+    row: Column = _column()
+    how: Column = _column()
 
 
-class Reuses(_Table, frozen=True):
+class Reuses(Table, frozen=True):
     """Rows whose first tokens' KV is taken from the prefix cache."""
 
-    row: Column = EMPTY
-    tokens: Column = EMPTY
+    row: Column = _column()
+    tokens: Column = _column()
 
 
-class Evictions(_Table, frozen=True):
+class Evictions(Table, frozen=True):
     """Cached blocks, by hash, to drop before step 0."""
 
-    block_hash: Column = EMPTY
+    block_hash: Column = _column()
 
 
-class Moves(_Table, frozen=True):
+class Moves(Table, frozen=True):
     """KV of a row to or from another instance: peer is an index into `ExecutionPlan.peers`.
 
     An export happens after the step in which the row's first token is sampled, and frees the row's
     blocks here. An import reserves its blocks when the KV arrives; rows wait in order.
     """
 
-    row: Column = EMPTY
-    peer: Column = EMPTY
-    tokens: Column = EMPTY
+    row: Column = _column()
+    peer: Column = _column()
+    tokens: Column = _column()
 
 
-class Migrations(_Table, frozen=True):
+class Migrations(Table, frozen=True):
     """Cached blocks, by hash, to move between tiers: 0 device, 1 host, 2 disk."""
 
-    block_hash: Column = EMPTY
-    source_tier: Column = EMPTY
-    target_tier: Column = EMPTY
+    block_hash: Column = _column()
+    source_tier: Column = _column()
+    target_tier: Column = _column()
 
 
 class Acceleration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,12 +148,12 @@ class Acceleration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graph: bool = False
 
 
-class Estimates(_Table, frozen=True):
+class Estimates(Table, frozen=True):
     """What the compiler predicts of each step: microseconds, tokens, blocks in use."""
 
-    us: Column = EMPTY
-    tokens: Column = EMPTY
-    kv_blocks: Column = EMPTY
+    us: Column = _column()
+    tokens: Column = _column()
+    kv_blocks: Column = _column()
 
 
 class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,23 +172,23 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_step_tokens: int
     peers: tuple[str, ...] = ()
     request_ids: tuple[str, ...] = ()
-    rows: Rows = Rows()
-    chunks: Chunks = Chunks()
-    decodes: Decodes = Decodes()
-    preemptions: Preemptions = Preemptions()
-    reuses: Reuses = Reuses()
-    imports: Moves = Moves()
-    exports: Moves = Moves()
-    evictions: Evictions = Evictions()
-    migrations: Migrations = Migrations()
-    acceleration: Acceleration = Acceleration()
-    estimates: Estimates = Estimates()
+    rows: Rows = msgspec.field(default_factory=Rows)
+    chunks: Chunks = msgspec.field(default_factory=Chunks)
+    decodes: Decodes = msgspec.field(default_factory=Decodes)
+    preemptions: Preemptions = msgspec.field(default_factory=Preemptions)
+    reuses: Reuses = msgspec.field(default_factory=Reuses)
+    imports: Moves = msgspec.field(default_factory=Moves)
+    exports: Moves = msgspec.field(default_factory=Moves)
+    evictions: Evictions = msgspec.field(default_factory=Evictions)
+    migrations: Migrations = msgspec.field(default_factory=Migrations)
+    acceleration: Acceleration = msgspec.field(default_factory=Acceleration)
+    estimates: Estimates = msgspec.field(default_factory=Estimates)
     ir_digest: str = ""
 
-    def tables(self) -> Iterator[tuple[str, _Table]]:
+    def tables(self) -> Iterator[tuple[str, Table]]:
         """The plan's tables with their names, in the order of the fields."""
         for name in self.__struct_fields__:
-            if isinstance(value := getattr(self, name), _Table):
+            if isinstance(value := getattr(self, name), Table):
                 yield name, value
 
 
@@ -219,7 +226,10 @@ def json_schema() -> dict[str, Any]:
 
 
 def check(plan: ExecutionPlan, source: str = "plan") -> None:
-    """Raise PlanError unless every column fits its table and every row and step exists."""
+    """Raise PlanError unless every column fits its table and every row and step exists.
+
+    What it cannot see is left to the engine: whether prompts go on where they stopped, and room.
+    """
     for name, table in plan.tables():
         lengths = {field: len(getattr(table, field)) for field in table.__struct_fields__}
         if len(set(lengths.values())) > 1:
@@ -229,6 +239,12 @@ def check(plan: ExecutionPlan, source: str = "plan") -> None:
             f"{source}: rows has {len(plan.rows)} rows for {len(plan.request_ids)} request_ids; "
             "one each"
         )
+    if len(set(plan.request_ids)) < len(plan.request_ids):
+        twice = next(name for name in plan.request_ids if plan.request_ids.count(name) > 1)
+        raise PlanError(f"{source}: request_ids names {twice!r} twice; a row each")
+    for name in ("num_steps", "max_step_tokens"):
+        if (value := getattr(plan, name)) < 0:
+            raise PlanError(f"{source}: {name} {value}: 0 or more")
     _check_bounds(plan, source)
     if (bad := np.flatnonzero(plan.chunks.end <= plan.chunks.begin)).size:
         chunk = int(bad[0])
@@ -239,7 +255,13 @@ def check(plan: ExecutionPlan, source: str = "plan") -> None:
 
 
 def _check_bounds(plan: ExecutionPlan, source: str) -> None:
-    bounds = {"row": len(plan.request_ids), "peer": len(plan.peers), "step": plan.num_steps}
+    bounds = {
+        "row": len(plan.request_ids),
+        "peer": len(plan.peers),
+        "step": plan.num_steps,
+        "how": len(("recompute", "swap")),
+        "samples": 2,
+    }
     for name, table in plan.tables():
         for field in bounds.keys() & set(table.__struct_fields__):
             column = getattr(table, field)
@@ -266,7 +288,8 @@ def _decoded(
 
 def _column_bytes(column: Any) -> bytes:
     if not isinstance(column, np.ndarray) or column.dtype != np.int64:
-        raise TypeError(f"a column is an int64 array, not {type(column).__name__}")
+        kind = getattr(column, "dtype", type(column).__name__)
+        raise TypeError(f"a column is an array of int64, not {kind}")
     return column.tobytes()
 
 

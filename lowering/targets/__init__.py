@@ -1,0 +1,62 @@
+"""What each engine can do, and the rules that a plan for it must keep; one engine a file.
+
+A file here defines `ABILITY`; nothing else lists it. `legalize` checks graphs against it before
+anything runs, and says what an engine would say only when it fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from sagec.dialects import pd
+from sagec.passes.topology import Instance
+
+Rule = Callable[[Instance, pd.StepsOp], Iterator[str]]
+"""Yields what is wrong with the steps of an instance, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What an engine can do.
+
+    block_tokens: sizes of a KV block that it takes; empty: any. kv_dtypes: types of KV, beside the
+    model's own. partial_prefills: prompts a step may leave unfinished; 0: any. hands_over: whether
+    KV can leave and enter it, reshards: also between different tp. samples: most outputs of one
+    prompt. rules: what no field can say.
+    """
+
+    engine: str
+    summary: str
+    block_tokens: tuple[int, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    quantizations: tuple[str, ...] = ("none",)
+    partial_prefills: int = 0
+    chunks_prompts: bool = True
+    mixes_phases: bool = True
+    hands_over: bool = True
+    reshards: bool = False
+    max_tp: int = 1
+    max_pp: int = 1
+    samples: int = 1
+    adapters: bool = False
+    drafts: bool = False
+    rules: tuple[Rule, ...] = field(default=())
+
+
+def known() -> list[str]:
+    """Names of the engines that have a target here."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def ability_of(engine: str) -> Ability | None:
+    """What the engine can do, or None where there is no such target."""
+    if engine not in known():
+        return None
+    ability = importlib.import_module(f"{__name__}.{engine}").ABILITY
+    assert isinstance(ability, Ability)
+    return ability

@@ -8,8 +8,6 @@ import importlib
 import pkgutil
 from typing import Any, Protocol
 
-from typing_extensions import Buffer
-
 
 class ChannelError(RuntimeError):
     """Bytes that could not be sent or received; says which, why and what would help."""
@@ -25,8 +23,8 @@ class Channel(Protocol):
     allocate and receive raise ChannelError.
     """
 
-    def allocate(self, num_bytes: int) -> tuple[str, Buffer]: ...
-    def receive(self, place: str, num_bytes: int) -> Buffer: ...
+    def allocate(self, num_bytes: int) -> tuple[str, memoryview]: ...
+    def receive(self, place: str, num_bytes: int) -> memoryview: ...
     def free(self, place: str) -> None: ...
     def close(self) -> None: ...
 

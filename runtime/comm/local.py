@@ -1,10 +1,10 @@
-"""KV between instances of one process: a segment is a bytearray that both sides know by name."""
+"""KV between instances of one process: a segment is memory that both sides know by name."""
 
 import itertools
 
 from sagec.runtime.comm import ChannelError
 
-_SEGMENTS: dict[str, bytearray] = {}
+_SEGMENTS: dict[str, memoryview] = {}
 _NUMBERS = itertools.count()
 
 
@@ -20,15 +20,15 @@ class LocalChannel:
         self._owner = owner
         self._allocated: set[str] = set()
 
-    def allocate(self, num_bytes: int) -> tuple[str, bytearray]:
+    def allocate(self, num_bytes: int) -> tuple[str, memoryview]:
         """A new segment of zeros."""
         place = f"local:{self._owner}:{next(_NUMBERS)}"
-        segment = _SEGMENTS[place] = bytearray(num_bytes)
+        segment = _SEGMENTS[place] = memoryview(bytearray(num_bytes))
         self._allocated &= _SEGMENTS.keys()
         self._allocated.add(place)
         return place, segment
 
-    def receive(self, place: str, num_bytes: int) -> bytearray:
+    def receive(self, place: str, num_bytes: int) -> memoryview:
         """The segment at `place`. Raises ChannelError where it is gone or of another size."""
         segment = _SEGMENTS.get(place)
         if segment is None:

@@ -33,7 +33,7 @@ class SharedMemoryChannel:
         self._prefix = f"sagec-{re.sub(r'[^A-Za-z0-9_]', '_', owner)}-{os.getpid()}"
         self._allocated: set[str] = set()
 
-    def allocate(self, num_bytes: int) -> tuple[str, mmap.mmap]:
+    def allocate(self, num_bytes: int) -> tuple[str, memoryview]:
         """A new segment of zeros. Raises ChannelError where the memory file system is full."""
         if len(self._allocated) >= _PRUNE_AT:
             self._allocated = {place for place in self._allocated if (FOLDER / place).exists()}
@@ -42,7 +42,7 @@ class SharedMemoryChannel:
         self._allocated.add(place)
         try:
             _fill(file, num_bytes)  # full now is an error, full at the first write a SIGBUS
-            return place, mmap.mmap(file, num_bytes)
+            return place, memoryview(mmap.mmap(file, num_bytes))
         except OSError as error:
             self.free(place)
             remedy = "enlarge it" if error.errno == errno.ENOSPC else "check its rights"
@@ -52,7 +52,7 @@ class SharedMemoryChannel:
         finally:
             os.close(file)
 
-    def receive(self, place: str, num_bytes: int) -> mmap.mmap:
+    def receive(self, place: str, num_bytes: int) -> memoryview:
         """The segment at `place`. Raises ChannelError where it is gone or of another size."""
         if not _NAME.fullmatch(place):
             raise ChannelError(f"{place!r} is no name of a segment; it would begin with 'sagec-'")
@@ -65,7 +65,7 @@ class SharedMemoryChannel:
         try:
             if (size := os.fstat(file).st_size) != num_bytes or not size:
                 raise ChannelError(f"segment {place!r}: {size} bytes, {num_bytes} announced")
-            return mmap.mmap(file, num_bytes)
+            return memoryview(mmap.mmap(file, num_bytes))
         finally:
             os.close(file)
 

@@ -9,8 +9,8 @@ Options, all numbers as text: vocab (1000), eos (a token that ends an output; no
 token_us (what a step takes, and each of its tokens; 0), bytes_per_s (of a hand-over; no time).
 """
 
+import array
 import dataclasses
-import itertools
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -66,11 +66,9 @@ class _Row:
     def compute(self, end: int) -> None:
         """Add the KV of the tokens up to `end`."""
         split = len(self.request.prompt)
-        for token in itertools.chain(
-            self.request.prompt[self.computed_tokens : end],
-            self.output[max(self.computed_tokens - split, 0) : max(end - split, 0)],
-        ):
-            self.checksum = zlib.crc32(token.to_bytes(4, "little"), self.checksum)
+        tokens = self.request.prompt[self.computed_tokens : end]
+        tokens += tuple(self.output[max(self.computed_tokens - split, 0) : max(end - split, 0)])
+        self.checksum = zlib.crc32(array.array("q", tokens).tobytes(), self.checksum)
         self.computed_tokens = end
 
 
@@ -80,11 +78,12 @@ class _Progress:
     def __init__(self, plan: ExecutionPlan) -> None:
         self.plan = plan
         self.step = 0
+        self.crowded_out: set[str] = set()
         self.reserved_blocks = dict(
             zip(plan.request_ids, plan.rows.kv_blocks.tolist(), strict=True)
         )
         self.exports = _peers(plan, plan.exports.row.tolist(), plan.exports.peer.tolist())
-        self.awaited = _peers(plan, plan.imports.row.tolist(), plan.imports.peer.tolist())
+        self.imports = [plan.request_ids[row] for row in plan.imports.row.tolist()]
         self.chunks: list[list[Chunk]] = [[] for _ in range(plan.num_steps)]
         for step, row, *chunk in _tuples(plan.chunks):
             self.chunks[step].append((plan.request_ids[row], *chunk))
@@ -163,7 +162,7 @@ class Echo:
         """When something happens next, so that a virtual clock can jump there; None: nothing."""
         if self._pending:
             return self._free_at_us
-        awaited = self._progress.awaited if self._progress else ()
+        awaited = self._progress.imports if self._progress else ()
         arriving = (self._arrival_us(self._handles[n]) for n in awaited if n in self._handles)
         later = [us for us in arriving if us > self._clock.now_us()]
         return min(later, default=None)
@@ -176,6 +175,8 @@ class Echo:
         """A step boundary: hear what came in, take in KV, begin a step or end the plan."""
         for message in self._inbox:
             if isinstance(message, KVHandle):
+                self._rows.pop(message.request.id, None)
+                self._departed.pop(message.request.id, None)
                 self._handles[message.request.id] = message
             elif isinstance(message, str):
                 self._forget(message)
@@ -189,14 +190,11 @@ class Echo:
 
     def _forget(self, request_id: str) -> None:
         self._handles.pop(request_id, None)
-        if self._rows.pop(request_id, None):
-            self._departed[request_id] = None
-        if self._progress is not None:
-            self._progress.awaited.pop(request_id, None)
+        self._rows.pop(request_id, None)
+        self._departed[request_id] = None
 
     def _fail(self, request_id: str, error: str) -> None:
         self._forget(request_id)
-        self._departed[request_id] = None
         self._ready.append(Failed(instance=self._spec.id, request_id=request_id, error=error))
 
     def _begin(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
@@ -216,7 +214,7 @@ class Echo:
         self._preempt(plan)
         self._reserve(progress)
         for request_id in plan.request_ids:
-            known = (self._rows, self._handles, self._departed, progress.awaited)
+            known = (self._rows, self._handles, self._departed, progress.imports)
             if not any(request_id in place for place in known):
                 self._fail(
                     request_id, f"plan {plan.plan_id} names {request_id!r}, which never came"
@@ -224,26 +222,20 @@ class Echo:
         self._ready += self._export(progress)
 
     def _reserve(self, progress: _Progress) -> None:
-        """Rows that hold KV get the blocks that the plan reserves, others keep what they fill."""
-        used = 0
+        """Rows that hold KV get the blocks that the plan reserves, others keep what they fill.
+
+        A plan may have been made before the last steps of the one it supersedes, so that less is
+        free than it assumed: then rows get less, and go on with the next plan.
+        """
         for held in self._rows.values():
             held.kv_blocks = self._blocks(held.computed_tokens)
-            used += held.kv_blocks
+        free = self._spec.kv_blocks - self.kv_blocks_used()
         for request_id, wanted in progress.reserved_blocks.items():
             row = self._rows.get(request_id)
-            if row is None or not row.computed_tokens or wanted <= row.kv_blocks:
-                continue
-            used += wanted - row.kv_blocks
-            row.kv_blocks = wanted
-            if used > self._spec.kv_blocks:
-                used -= wanted
-                self._fail(request_id, self._overflow(progress, used + wanted))
-
-    def _overflow(self, progress: _Progress, used: int) -> str:
-        return (
-            f"plan {progress.plan.plan_id}: {used} blocks are reserved of the "
-            f"{self._spec.kv_blocks} there are"
-        )
+            if row is not None and row.computed_tokens and wanted > row.kv_blocks:
+                more = min(free, wanted - row.kv_blocks)
+                row.kv_blocks += more
+                free -= more
 
     def _preempt(self, plan: ExecutionPlan) -> None:
         pairs = zip(plan.preemptions.row.tolist(), plan.preemptions.how.tolist(), strict=True)
@@ -260,13 +252,12 @@ class Echo:
 
     def _import(self, progress: _Progress) -> None:
         """Take in KV that has arrived, in the plan's order, as far as there is room."""
-        for request_id in [name for name in progress.awaited if name in self._handles]:
+        for request_id in [name for name in progress.imports if name in self._handles]:
             blocks = progress.reserved_blocks[request_id]
             if self.kv_blocks_used() + blocks > self._spec.kv_blocks:
                 break
             if self._arrival_us(self._handles[request_id]) > self._clock.now_us():
                 continue
-            del progress.awaited[request_id]
             handle = self._handles.pop(request_id)
             row = _Row(handle.request, list(handle.output), kv_blocks=blocks)
             row.compute(handle.computed_tokens)
@@ -302,8 +293,9 @@ class Echo:
                 progress.step = step + 1
                 self._compute(progress, chunks, decodes)
                 return
-        awaits = any(request_id in progress.awaited for request_id, _, _ in progress.decodes)
-        if progress.step == progress.plan.num_steps or not awaits:
+        here = self._rows.keys() | self._departed.keys()
+        awaited = {request_id for request_id, _, _ in progress.decodes if request_id not in here}
+        if progress.step == progress.plan.num_steps or awaited.isdisjoint(progress.imports):
             self._end_plan(progress)
 
     def _chunks(self, progress: _Progress, step: int) -> list[Chunk]:
@@ -311,32 +303,50 @@ class Echo:
         chunks = []
         for request_id, begin, end, samples in progress.chunks[step]:
             row = self._rows.get(request_id)
-            if row is None or end <= row.computed_tokens:
+            if row is None or end <= row.computed_tokens or request_id in progress.crowded_out:
                 continue
             try:
                 self._check_chunk(progress, row, begin, end, bool(samples))
             except _Refused as error:
-                self._fail(request_id, str(error))
-            else:
+                self._fail(request_id, f"plan {progress.plan.plan_id}: {error}")
+                continue
+            if self._has_room(progress, row):
                 chunks.append((request_id, row.computed_tokens, end, samples))
+            else:
+                progress.crowded_out.add(request_id)
         return chunks
 
     def _check_chunk(
         self, progress: _Progress, row: _Row, begin: int, end: int, samples: bool
     ) -> None:
-        where = f"plan {progress.plan.plan_id}: "
         if begin > row.computed_tokens:
-            raise _Refused(f"{where}tokens [{row.computed_tokens}, {begin}) were left out")
+            raise _Refused(f"tokens [{row.computed_tokens}, {begin}) were left out")
         if end > row.num_tokens or samples != (end == row.num_tokens):
             verb = "samples" if samples else "does not sample"
-            raise _Refused(
-                f"{where}a chunk [{begin}, {end}) that {verb}, of a prompt of {row.num_tokens} tokens"
-            )
-        row.kv_blocks = progress.reserved_blocks[row.request.id]
-        if self._blocks(end) > row.kv_blocks:
-            raise _Refused(f"{where}{end} tokens do not fit the {row.kv_blocks} blocks it reserves")
-        if (used := self.kv_blocks_used()) > self._spec.kv_blocks:
-            raise _Refused(self._overflow(progress, used))
+            chunk = f"a chunk [{begin}, {end}) that {verb}"
+            raise _Refused(f"{chunk}, of a prompt of {row.num_tokens} tokens")
+        reserved = progress.reserved_blocks[row.request.id]
+        if self._blocks(end) > reserved:
+            raise _Refused(f"{end} tokens do not fit the {reserved} blocks it reserves")
+
+    def _has_room(self, progress: _Progress, row: _Row) -> bool:
+        """Give a row that begins its blocks, if there are so many.
+
+        Raises no error where the plan was made too early to know what is free.
+        """
+        reserved = progress.reserved_blocks
+        others = self.kv_blocks_used() - row.kv_blocks
+        if others + reserved[row.request.id] <= self._spec.kv_blocks:
+            row.kv_blocks = max(row.kv_blocks, reserved[row.request.id])
+            return True
+        own = sum(
+            reserved[name] for name, r in self._rows.items() if r.kv_blocks and name in reserved
+        )
+        own += 0 if row.kv_blocks else reserved[row.request.id]
+        if own > self._spec.kv_blocks:
+            error = f"{own} blocks are reserved of the {self._spec.kv_blocks} there are"
+            self._fail(row.request.id, f"plan {progress.plan.plan_id}: {error}")
+        return False
 
     def _decodes(self, progress: _Progress, step: int, chunk_tokens: int) -> list[str]:
         """Rows that decode in this step, as far as the step's budget goes."""
@@ -347,11 +357,12 @@ class Echo:
                 continue
             if row.computed_tokens >= until_tokens:
                 continue
-            if self._blocks(row.computed_tokens + 1) > row.kv_blocks:
-                error = f"token {row.computed_tokens} is beyond its {row.kv_blocks} blocks"
+            needed = self._blocks(row.computed_tokens + 1)
+            if needed > (reserved := progress.reserved_blocks[request_id]):
+                error = f"token {row.computed_tokens} is beyond the {reserved} blocks it reserves"
                 self._fail(request_id, f"plan {progress.plan.plan_id}: {error}")
-                continue
-            decodes.append(request_id)
+            elif needed <= row.kv_blocks:
+                decodes.append(request_id)
         return decodes[: progress.plan.max_step_tokens - chunk_tokens]
 
     def _compute(
@@ -444,6 +455,8 @@ def _options(spec: InstanceSpec) -> dict[str, int]:
         if not text.isdigit():
             raise EngineError(f"instance {spec.id!r}: {name}={text!r}: a whole number, 0 or more")
         options[name] = int(text)
+    if not options["vocab"]:
+        raise EngineError(f"instance {spec.id!r}: vocab='0': 1 or more")
     return options
 
 

@@ -1,0 +1,65 @@
+# On a machine with Python 3.11 or newer and nothing else: `make demo`, `make test`.
+# The virtual environment is made once, and again only when pyproject.toml changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+JOBS ?= 2
+TEST_FLAGS ?=
+
+# One thread an instance: two that wait for each other at a barrier are slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint bench docs docs-check clean
+
+help:
+	@echo "make demo      serve examples/chat.sage: text as it streams, a table, a picture"
+	@echo "make test      all tests but the slow ones; make test-all runs those too"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     the benchmarks; tables on the screen, JSON and Markdown in out/"
+	@echo "make docs      write what is generated in docs/"
+	@echo "make clean     remove what was made, the environment too"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no python3 here; sagec needs Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}; sagec needs 3.11 or newer: make PYTHON=..." if v < (3, 11) else 0)'
+	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# The version that the figures were taken with, or where it is not to be had, any that will do.
+	$(BIN)/pip install --disable-pip-version-check --quiet torch==2.13.0 || $(BIN)/pip install --disable-pip-version-check --quiet "torch>=2.4"
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[torch,solver,dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@mkdir -p out
+	$(BIN)/sagec run examples/chat.sage --timeline out/chat.svg
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) $(TEST_FLAGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" $(TEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@mkdir -p out
+	$(BIN)/python benchmarks/round.py
+	$(BIN)/python benchmarks/engine.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+docs-check: $(INSTALLED)
+	$(BIN)/python docs/generate.py --check
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

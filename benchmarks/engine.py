@@ -1,0 +1,267 @@
+"""Output tokens/s of the torch engine and of transformers' generate, side by side in one run.
+
+    taskset -c 0 python benchmarks/engine.py --out out/engine
+
+One model of 28 M parameters, made on the spot; prompts of one length, so that generate pads
+nothing; greedy; prefill included. The two sides take turns, and each figure is the median of its
+turns; the ratio is the median of the ratios of neighbouring turns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sagec.runtime.engines import Engine, InstanceSpec, StepReport, create
+from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, Rows
+from sagec.runtime.request import Request
+
+BATCHES = (1, 8, 32)
+DTYPES = ("float32", "bfloat16")
+VOCAB, BLOCK_TOKENS = 8192, 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians of one batch size and dtype; ratio is ours over theirs."""
+
+    dtype: str
+    batch: int
+    sagec_tokens_per_s: float
+    transformers_tokens_per_s: float
+    ratio: float
+    least_ratio: float
+    sagec_first_token_ms: float
+    turns: int
+    same_tokens: float
+
+
+def make_model(folder: Path) -> None:
+    """Save the model that both sides load: 8 layers, hidden 512, 8 heads on 4 KV heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+class Sagec:
+    """Our side: a plan for all requests, polled to its end."""
+
+    def __init__(self, folder: Path, dtype: str, tokens: int, threads: int, native: str) -> None:
+        self._blocks = -(-tokens // BLOCK_TOKENS)
+        spec = InstanceSpec(
+            id="i0",
+            engine="torch",
+            model=str(folder),
+            kv_blocks=self._blocks * max(BATCHES),
+            block_tokens=BLOCK_TOKENS,
+            options={"dtype": dtype, "threads": str(threads), "native": native},
+        )
+        self._engine: Engine = create(spec)
+        self.first_token_s = 0.0
+
+    def generate(self, prompts: torch.Tensor, num_tokens: int) -> list[list[int]]:
+        """The output of each prompt."""
+        batch, length = prompts.shape
+        ids = [f"r{row}" for row in range(batch)]
+        requests = [
+            Request(id=id, prompt=tuple(prompt), max_output_tokens=num_tokens)
+            for id, prompt in zip(ids, prompts.tolist(), strict=True)
+        ]
+        found: dict[str, list[int]] = {id: [] for id in ids}
+        begin_s = time.perf_counter()
+        self._engine.submit(self._plan(ids, length, num_tokens), requests)
+        while events := self._engine.poll():
+            for event in events:
+                if isinstance(event, StepReport):
+                    for id, _, token in event.tokens:
+                        found[id].append(token)
+                    if event.step == 0:
+                        self.first_token_s = time.perf_counter() - begin_s
+        return list(found.values())
+
+    def _plan(self, ids: Sequence[str], length: int, num_tokens: int) -> ExecutionPlan:
+        rows, ones = np.arange(len(ids)), np.ones(len(ids), np.int64)
+        return ExecutionPlan(
+            plan_id="all",
+            round=0,
+            target_instance_id="i0",
+            mode="hybrid",
+            num_steps=num_tokens,
+            max_step_tokens=length * len(ids),
+            request_ids=tuple(ids),
+            rows=Rows(
+                prompt_tokens=ones * length,
+                computed_tokens=ones * 0,
+                kv_blocks=ones * self._blocks,
+                deadline_us=ones * 0,
+            ),
+            chunks=Chunks(step=ones * 0, row=rows, begin=ones * 0, end=ones * length, samples=ones),
+            decodes=Decodes(row=rows, begin_step=ones, until_tokens=ones * (length + num_tokens)),
+        )
+
+
+class Transformers:
+    """Their side: generate with its defaults, which are sdpa and a growing cache."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def generate(self, prompts: torch.Tensor, num_tokens: int) -> list[list[int]]:
+        """The output of each prompt."""
+        with torch.inference_mode():
+            out = self._model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        tokens: list[list[int]] = out[:, prompts.shape[1] :].tolist()
+        return tokens
+
+
+def measure(ours: Sagec, theirs: Transformers, dtype: str, batch: int, args: Any) -> Result:
+    """Take turns `args.turns` times, after one turn each to warm up."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(VOCAB, (batch, args.prompt), generator=generator)
+    left, right = ours.generate(prompts, args.output), theirs.generate(prompts, args.output)
+    same = sum(a == b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+    seconds: dict[Any, list[float]] = {ours: [], theirs: []}
+    first_s = []
+    for turn in range(args.turns):
+        for side in (ours, theirs) if turn % 2 else (theirs, ours):
+            begin_s = time.perf_counter()
+            side.generate(prompts, args.output)
+            seconds[side].append(time.perf_counter() - begin_s)
+        first_s.append(ours.first_token_s)
+    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    tokens = batch * args.output
+    return Result(
+        dtype=dtype,
+        batch=batch,
+        sagec_tokens_per_s=round(tokens / statistics.median(seconds[ours]), 1),
+        transformers_tokens_per_s=round(tokens / statistics.median(seconds[theirs]), 1),
+        ratio=round(statistics.median(ratios), 2),
+        least_ratio=round(min(ratios), 2),
+        sagec_first_token_ms=round(statistics.median(first_s) * 1e3, 1),
+        turns=args.turns,
+        same_tokens=round(same / tokens, 4),
+    )
+
+
+def machine(args: Any) -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    import transformers
+
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": model,
+        "cores": cores,
+        "threads": args.threads,
+        "native": args.native,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "prompt_tokens": args.prompt,
+        "output_tokens": args.output,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def markdown(where: dict[str, Any], results: Sequence[Result]) -> str:
+    """The results as a table, with a line that says where they were taken."""
+    lines = [
+        "# Torch engine against transformers' generate",
+        "",
+        ", ".join(f"{name} {value}" for name, value in where.items()) + ".",
+        "",
+        "| dtype | batch | sagec tokens/s | transformers tokens/s | ratio | least ratio |"
+        " first token ms | same tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.dtype} | {r.batch} | {r.sagec_tokens_per_s:.0f} | "
+            f"{r.transformers_tokens_per_s:.0f} | {r.ratio:.2f} | {r.least_ratio:.2f} | "
+            f"{r.sagec_first_token_ms:.1f} | {r.same_tokens:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write engine.json and engine.md where --out says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, help="folder for engine.json and engine.md")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=128, help="output tokens")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--native", choices=("auto", "off"), default="auto")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder)
+        for dtype in args.dtypes:
+            ours = Sagec(folder, dtype, args.prompt + args.output, args.threads, args.native)
+            theirs = Transformers(folder, dtype)
+            for batch in args.batches:
+                results.append(measure(ours, theirs, dtype, batch, args))
+                print(results[-1], flush=True)
+    where = machine(args)
+    table = markdown(where, results)
+    print(table)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(result) for result in results]
+        (args.out / "engine.json").write_text(json.dumps({**where, "results": rows}, indent=1))
+        (args.out / "engine.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""From scheduled graphs to ExecutionPlans: one for each pd.steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO, Literal
+
+import numpy as np
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
+from xdsl.ir import Attribute, Operation
+from xdsl.utils.target import Target
+
+from sagec.dialects import kv, pd
+from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr
+from sagec.dialects.scalars import value_of
+from sagec.passes.errors import PassError
+from sagec.passes.flow import graphs, ops_in
+from sagec.passes.topology import Instance, Topology, topology_of
+from sagec.runtime import plan as p
+from sagec.runtime.plan_text import to_text
+
+
+def plans_of(module: ModuleOp) -> list[p.ExecutionPlan]:
+    """The plans of all graphs of the module, in the order of their pd.steps.
+
+    Raises PassError for a graph that has requests and no steps: fuse-steps has not run.
+    """
+    topology = topology_of(module)
+    return [plan for graph in graphs(module) for plan in _graph_plans(graph, topology)]
+
+
+def _graph_plans(graph: pd.GraphOp, topology: Topology) -> list[p.ExecutionPlan]:
+    ops = ops_in(graph)
+    steps = [op for op in ops if isinstance(op, pd.StepsOp)]
+    if not steps and any(isinstance(op, pd.PrefillOp | pd.DecodeOp) for op in ops):
+        raise PassError(f"pd.graph @{graph.symbol} has no pd.steps; run fuse-steps first", graph)
+    digest = digest_of(ops)
+    extras = _Extras(ops)
+    return [
+        _plan(graph, op, topology.instance(op.instance_name, op), extras, digest) for op in steps
+    ]
+
+
+class _Extras:
+    """What ops beside pd.steps make an instance do."""
+
+    def __init__(self, ops: Iterable[Operation]) -> None:
+        self.preempts: list[pd.PreemptOp] = []
+        self.evicts: list[kv.EvictOp] = []
+        self.migrates: list[kv.MigrateOp] = []
+        for op in ops:
+            if isinstance(op, pd.PreemptOp):
+                self.preempts.append(op)
+            elif isinstance(op, kv.EvictOp):
+                self.evicts.append(op)
+            elif isinstance(op, kv.MigrateOp):
+                self.migrates.append(op)
+
+    def preempted(self, instance: str) -> tuple[list[str], list[int]]:
+        """Ids of the rows that leave the instance, and how."""
+        names: list[str] = []
+        how: list[int] = []
+        for op in self.preempts:
+            rows = zip(op.names, op.words("on"), op.column("verdict").tolist(), strict=True)
+            for name, place, verdict in rows:
+                if place == instance:
+                    names.append(name)
+                    how.append(p.SWAP if verdict == pd.SWAP else p.RECOMPUTE)
+        return names, how
+
+    def evictions(self, instance: str) -> p.Evictions:
+        hashes = [op.hashes.array for op in self.evicts if _names(op.instance) == instance]
+        return p.Evictions(block_hash=np.concatenate(hashes)) if hashes else p.Evictions()
+
+    def migrations(self, instance: str) -> p.Migrations:
+        ops = [op for op in self.migrates if _names(op.instance) == instance]
+        if not ops:
+            return p.Migrations()
+        counts = [len(op.hashes) for op in ops]
+        return p.Migrations(
+            block_hash=np.concatenate([op.hashes.array for op in ops]),
+            source_tier=np.repeat([kv.TIERS.index(op.source.data) for op in ops], counts),
+            target_tier=np.repeat([kv.TIERS.index(op.target.data) for op in ops], counts),
+        )
+
+
+def _names(ref: SymbolRefAttr) -> str:
+    return ref.root_reference.data
+
+
+def _plan(
+    graph: pd.GraphOp, steps: pd.StepsOp, instance: Instance, extras: _Extras, digest: str
+) -> p.ExecutionPlan:
+    gone, how = extras.preempted(instance.name)
+    names = (*steps.names, *gone) if gone else steps.names
+    step, row, begin, end = steps.chunks
+    prompt = steps.column("prompt")
+    until = steps.column("until")
+    decoding = np.flatnonzero(until)
+    peers, imports, exports = _moves(steps, prompt)
+    cached = steps.column("cached")
+    reused = np.flatnonzero(cached)
+    return p.ExecutionPlan(
+        plan_id=f"{graph.symbol}/{instance.name}",
+        round=graph.number("round"),
+        target_instance_id=instance.name,
+        mode=graph.text("mode", "hybrid"),
+        num_steps=steps.number("num_steps"),
+        max_step_tokens=steps.number("max_step_tokens"),
+        peers=peers,
+        request_ids=names,
+        rows=p.Rows(
+            prompt_tokens=_padded(prompt, len(gone)),
+            computed_tokens=_padded(steps.column("computed"), len(gone)),
+            kv_blocks=_padded(steps.column("blocks"), len(gone)),
+            deadline_us=_padded(steps.column("deadline"), len(gone)),
+        ),
+        chunks=p.Chunks(
+            step=step, row=row, begin=begin, end=end, samples=(end == prompt[row]).astype(np.int64)
+        ),
+        decodes=p.Decodes(
+            row=decoding,
+            begin_step=steps.column("begin")[decoding],
+            until_tokens=until[decoding],
+        ),
+        preemptions=p.Preemptions(
+            row=np.arange(len(steps.names), len(names)), how=np.array(how, np.int64)
+        ),
+        reuses=p.Reuses(row=reused, tokens=cached[reused]),
+        imports=imports,
+        exports=exports,
+        evictions=extras.evictions(instance.name),
+        migrations=extras.migrations(instance.name),
+        acceleration=p.Acceleration(
+            kv_dtype=instance.kv_dtype,
+            quantization=instance.quantization,
+            draft_tokens=instance.draft_tokens,
+        ),
+        estimates=_estimates(steps),
+        ir_digest=digest,
+    )
+
+
+def _padded(column: Ints, rows: int) -> Ints:
+    """The column, and `rows` more zeros for those that only leave."""
+    return np.concatenate([column, np.zeros(rows, np.int64)]) if rows else column
+
+
+def _moves(steps: pd.StepsOp, prompt: Ints) -> tuple[tuple[str, ...], p.Moves, p.Moves]:
+    """The peers, and the rows that come from them and go to them."""
+    peers: dict[str, int] = {}
+    moves = []
+    for end in ("source", "target"):
+        words = steps.properties.get(end)
+        if not isinstance(words, WordsAttr) or not any(words.words):
+            moves.append(p.Moves())
+            continue
+        peer_of = np.array(
+            [peers.setdefault(word, len(peers)) if word else -1 for word in words.words], np.int64
+        )
+        peer = peer_of[words.codes]
+        rows = np.flatnonzero(peer >= 0)
+        moves.append(p.Moves(row=rows, peer=peer[rows], tokens=prompt[rows]))
+    return tuple(peers), moves[0], moves[1]
+
+
+def _estimates(steps: pd.StepsOp) -> p.Estimates:
+    if steps.step_us is None or steps.step_tokens is None or steps.step_blocks is None:
+        return p.Estimates()
+    return p.Estimates(
+        us=steps.step_us.array, tokens=steps.step_tokens.array, kv_blocks=steps.step_blocks.array
+    )
+
+
+_DERIVED = {pd.StepsOp, pd.TransferOp, pd.PhaseOp, pd.YieldOp, kv.ReserveOp}
+"""Ops that passes make of the others: they add nothing to what a digest names."""
+
+
+def digest_of(ops: Iterable[Operation]) -> str:
+    """A name of what the ops say: 16 hexadecimal digits of a sha256, the same on every machine."""
+    parts: list[bytes | memoryview] = []
+    for op in ops:
+        if type(op) not in _DERIVED:
+            parts.append(op.name.encode())
+            for name, attr in op.properties.items():
+                parts.append(name.encode())
+                parts.extend(_bytes_of(attr))
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _bytes_of(attr: Attribute) -> Iterable[bytes | memoryview]:
+    if isinstance(attr, ColumnAttr):
+        return (attr.array.data,)
+    if isinstance(attr, NamesAttr):
+        return ("\0".join(attr.data).encode(),)
+    if isinstance(attr, WordsAttr):
+        return ("\0".join(attr.words).encode(), attr.codes.data)
+    if isinstance(attr, ListsAttr):
+        return (attr.offsets.data, attr.values.data)
+    value = value_of(attr)
+    return (str(attr if value is None else value).encode(),)
+
+
+@dataclass(frozen=True)
+class PlanTarget(Target):
+    """Write the ExecutionPlans of a module: `-t plan{form=json}` or `-t plan{form=text}`.
+
+    JSON is a list of plans after docs/plan.schema.json.
+    """
+
+    name = "plan"
+    form: Literal["json", "text"] = "json"
+
+    def emit(self, ctx: Context, module: ModuleOp, output: IO[str]) -> None:
+        plans = plans_of(module)
+        if self.form == "text":
+            output.write("\n".join(map(to_text, plans)))
+        else:
+            output.write("[" + ",\n".join(p.to_json(plan).decode() for plan in plans) + "]\n")

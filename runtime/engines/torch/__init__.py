@@ -1,0 +1,30 @@
+"""The reference engine: Llama, Qwen2 and Qwen3 checkpoints on torch, one KV tensor a layer.
+
+What each file holds, in the order data passes: config (config.json), checkpoint (safetensors to
+weights), rope, pool (KV blocks), batch (what one step computes, flattened), model (the forward
+pass) over linear (matrix products) and kernels (the rest, in torch) or native (in C, kernels.c,
+where a compiler is found), sampling, text (stop strings), row (a request here), residents (the
+rows and their blocks), running (a plan under way), transfer (KV out and in), loading, engine
+(plans to steps to events).
+"""
+
+from sagec.runtime.engines import Engine, EngineError, InstanceSpec
+
+
+def create(spec: InstanceSpec) -> Engine:
+    """A torch engine with the checkpoint of `spec` loaded, ready for plans.
+
+    Options: dtype ("auto", float32, bfloat16, float16), device ("cpu", "cuda"), threads ("1"),
+    channel ("shared-memory", "local"), native ("auto": C kernels where a
+    compiler is found, "on", "off").
+
+    Raises EngineError where torch is missing, an option is unknown or the checkpoint is malformed.
+    """
+    try:
+        from sagec.runtime.engines.torch.engine import TorchEngine
+    except ImportError as error:
+        raise EngineError(
+            f"instance {spec.id!r}: the torch engine needs {error.name}; "
+            "install it with: pip install 'sagec[torch]'"
+        ) from None
+    return TorchEngine(spec)

@@ -1,0 +1,135 @@
+"""What a step does between its matrix products, in torch: any device, and what C must equal.
+
+A layer's KV is one tensor [blocks, block_tokens, 2, kv_heads, head_dim], so that the key and the
+value of a token lie together, as the fused projection computes them, and are stored in one copy.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from sagec.runtime.engines.torch.batch import Batch, Bucket, Chunk
+from sagec.runtime.engines.torch.checkpoint import LayerWeights
+from sagec.runtime.engines.torch.config import ModelConfig
+
+
+class Kernels(Protocol):
+    """What the model needs beside matrix products.
+
+    short_tokens: spans of at most so many tokens attend token by token; padded: whether these need
+    the batch's buckets. The methods are those of TorchKernels.
+    """
+
+    short_tokens: int
+    padded: bool
+
+    def begin_step(self, batch: Batch) -> None: ...
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor: ...
+    def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def attention(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
+    ) -> torch.Tensor: ...
+
+
+class TorchKernels:
+    """Plain torch, one operation after the other."""
+
+    short_tokens = 1
+    padded = True
+
+    def __init__(self, config: ModelConfig, rope: torch.Tensor) -> None:
+        self._config = config
+        self._cos, self._sin = rope.chunk(2, dim=-1)
+        self._scale = config.head_dim**-0.5
+
+    def begin_step(self, batch: Batch) -> None:
+        """Look up what all layers of a step share."""
+        self._step_cos = self._cos[batch.positions, None, :]
+        self._step_sin = self._sin[batch.positions, None, :]
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Add to `hidden` [T, hidden], in place; the RMS norm of the sum."""
+        if added is not None:
+            hidden += added
+        return F.rms_norm(hidden, weight.shape, weight, self._config.norm_eps)
+
+    def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attention(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
+    ) -> torch.Tensor:
+        """Attention of one layer: [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim].
+
+        The KV of the batch's tokens is in `kv` afterwards.
+        """
+        config = self._config
+        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
+        states = qkv.view(-1, heads + 2 * kv_heads, head_dim)
+        queries, keys = states[:, :heads], states[:, heads : heads + kv_heads]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            queries = F.rms_norm(queries, (head_dim,), weights.q_norm, config.norm_eps)
+            keys = F.rms_norm(keys, (head_dim,), weights.k_norm, config.norm_eps)
+        queries = self._turn(queries)
+        states[:, heads : heads + kv_heads] = self._turn(keys)
+        kv.view(-1, 2, kv_heads, head_dim).index_copy_(
+            0, batch.kv_slots, states[:, heads:].reshape(-1, 2, kv_heads, head_dim)
+        )
+        out = torch.empty_like(queries)
+        for bucket in batch.buckets:
+            out[bucket.tokens] = self._attend_bucket(queries[bucket.tokens], kv, bucket)
+        self.attend_chunks(queries, kv, batch.chunks, out)
+        return out.flatten(1)
+
+    def attend_chunks(
+        self,
+        queries: torch.Tensor,
+        kv: torch.Tensor,
+        chunks: tuple[Chunk, ...],
+        out: torch.Tensor,
+    ) -> None:
+        """Attend a chunk at a time: queries and out are [T, heads, head_dim]."""
+        for chunk in chunks:
+            states = kv.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context]
+            keys, values = states.permute(1, 2, 0, 3)[:, None]
+            attended = self._sdpa(
+                queries[None, chunk.first : chunk.last].transpose(1, 2), keys, values, chunk.mask
+            )
+            out[chunk.first : chunk.last] = attended[0].transpose(0, 1)
+
+    def _attend_bucket(
+        self, queries: torch.Tensor, kv: torch.Tensor, bucket: Bucket
+    ) -> torch.Tensor:
+        count = len(bucket.tokens)
+        states = kv.index_select(0, bucket.blocks).view(count, -1, *kv.shape[2:])
+        keys, values = states.permute(2, 0, 3, 1, 4)
+        return self._sdpa(queries[:, :, None], keys, values, bucket.mask)[:, :, 0]
+
+    def _sdpa(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[n, heads, tokens, head_dim] by keys and values [n, kv_heads, context, head_dim]."""
+        group = self._config.heads // self._config.kv_heads
+        if group > 1:
+            keys = keys.repeat_interleave(group, dim=1)
+            values = values.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=mask is None, scale=self._scale
+        )
+
+    def _turn(self, states: torch.Tensor) -> torch.Tensor:
+        """Rotate [T, heads, head_dim] by the angles of the step's positions."""
+        left, right = states.chunk(2, dim=-1)
+        cos, sin = self._step_cos, self._step_sin
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)

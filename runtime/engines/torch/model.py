@@ -1,0 +1,51 @@
+"""The forward pass of a Llama-like decoder over one flat batch."""
+
+import torch
+import torch.nn.functional as F
+
+from sagec.runtime.engines.torch.batch import Batch
+from sagec.runtime.engines.torch.checkpoint import Weights
+from sagec.runtime.engines.torch.config import ModelConfig
+from sagec.runtime.engines.torch.kernels import Kernels
+
+
+class Model:
+    """Weights and KV of one model; a step in, logits of the sampled tokens out.
+
+    kv: a tensor a layer, [blocks, block_tokens, 2, kv_heads, head_dim]. Each is an allocation of
+    its own: writing through views of one large tensor is many times slower.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kernels: Kernels,
+        num_blocks: int,
+        block_tokens: int,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.kernels = kernels
+        shape = (num_blocks, block_tokens, 2, config.kv_heads, config.head_dim)
+        embedding = weights.embedding
+        self.kv = [
+            torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
+            for _ in range(config.layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [S, vocab] of the tokens that `batch.sampled` names; KV is written on the way."""
+        kernels, weights = self.kernels, self.weights
+        kernels.begin_step(batch)
+        hidden = F.embedding(batch.tokens, weights.embedding)
+        added = None
+        for layer, kv in zip(weights.layers, self.kv, strict=True):
+            qkv = layer.qkv(kernels.add_norm(hidden, added, layer.norm))
+            attended = layer.output(kernels.attention(qkv, kv, batch, layer))
+            gate_up = layer.gate_up(kernels.add_norm(hidden, attended, layer.ffn_norm))
+            added = layer.down(kernels.silu_multiply(gate_up))
+        if added is not None:
+            added = added[batch.sampled]
+        return weights.lm_head(kernels.add_norm(hidden[batch.sampled], added, weights.norm))

@@ -1,0 +1,203 @@
+"""kernels.c, built with the system's C compiler when first wanted, and called through ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sagec.runtime.engines.torch.batch import Batch
+from sagec.runtime.engines.torch.checkpoint import LayerWeights
+from sagec.runtime.engines.torch.config import ModelConfig
+from sagec.runtime.engines.torch.kernels import TorchKernels
+
+SOURCE = Path(__file__).parent / "kernels.c"
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast"),
+    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+)
+ELEMENTS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",), torch.float16: ("-DFLOAT16",)}
+SHORT_TOKENS = 8
+"""Spans up to this length attend token by token in C, longer ones by torch's fused attention."""
+
+_ARGUMENTS = {  # i: a 64-bit integer, p: a pointer, f: a float
+    "add_norm": "ppppiif",
+    "silu_multiply": "ppii",
+    "store_kv": "pippppppp",
+    "attend": "pipppipppp",
+}
+_KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+
+
+class Unbuilt(RuntimeError):
+    """There is no library; says why."""
+
+
+class _Shape(ctypes.Structure):
+    """`shape` of kernels.c."""
+
+    _fields_ = (
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("block_tokens", ctypes.c_int32),
+        ("norm_eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class NativeKernels:
+    """The kernels in C, on one thread; attention of long chunks stays with torch.
+
+    Raises Unbuilt where there is no compiler or it fails.
+    """
+
+    short_tokens = SHORT_TOKENS
+    padded = False
+
+    def __init__(
+        self, config: ModelConfig, rope: torch.Tensor, block_tokens: int, plain: TorchKernels
+    ) -> None:
+        self._library = load_library(rope.dtype)
+        self._plain = plain
+        self._rope = rope
+        self._eps = config.norm_eps
+        self._heads, self._head_dim = config.heads, config.head_dim
+        self._shape = _Shape(
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            block_tokens,
+            config.norm_eps,
+            config.head_dim**-0.5,
+        )
+        self._shape_pointer = ctypes.addressof(self._shape)
+        floats = config.heads * (2 * config.head_dim + 2 + block_tokens)
+        self._scratch = torch.empty(floats, dtype=torch.float32)
+
+    def begin_step(self, batch: Batch) -> None:
+        """Look up what all layers of a step share."""
+        self._positions = batch.positions.data_ptr()
+        self._kv_slots = batch.kv_slots.data_ptr()
+        self._slots = batch.slots.ctypes.data
+        self._tables = batch.tables.ctypes.data
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Add to `hidden` [T, hidden], in place; the RMS norm of the sum."""
+        out = torch.empty_like(hidden)
+        self._library.add_norm(
+            hidden.data_ptr(),
+            None if added is None else added.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            *hidden.shape,
+            self._eps,
+        )
+        return out
+
+    def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn]."""
+        rows, width = gate_up.shape
+        out = gate_up.new_empty(rows, width // 2)
+        self._library.silu_multiply(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
+        return out
+
+    def attention(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
+    ) -> torch.Tensor:
+        """Attention of one layer: [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim].
+
+        The KV of the batch's tokens is in `kv` afterwards.
+        """
+        tokens = len(qkv)
+        states, cache = qkv.data_ptr(), kv.data_ptr()
+        self._library.store_kv(
+            self._shape_pointer,
+            tokens,
+            self._positions,
+            self._kv_slots,
+            self._rope.data_ptr(),
+            None if weights.q_norm is None else weights.q_norm.data_ptr(),
+            None if weights.k_norm is None else weights.k_norm.data_ptr(),
+            states,
+            cache,
+        )
+        out = qkv.new_empty(tokens, self._heads * self._head_dim)
+        self._library.attend(
+            self._shape_pointer,
+            batch.num_short,
+            self._positions,
+            self._slots,
+            self._tables,
+            batch.tables.shape[1],
+            states,
+            cache,
+            out.data_ptr(),
+            self._scratch.data_ptr(),
+        )
+        if batch.chunks:
+            queries = qkv.view(tokens, -1, self._head_dim)[:, : self._heads]
+            heads_out = out.view(tokens, self._heads, self._head_dim)
+            self._plain.attend_chunks(queries, kv, batch.chunks, heads_out)
+        return out
+
+
+@functools.cache
+def load_library(dtype: torch.dtype) -> Any:
+    """kernels.c for `dtype`, built where the cache has no build of this source for this CPU.
+
+    Raises Unbuilt.
+    """
+    library: Any = ctypes.CDLL(str(_build(ELEMENTS[dtype])))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes = [_KINDS[kind] for kind in arguments]
+        function.restype = None
+    return library
+
+
+def _build(element: tuple[str, ...]) -> Path:
+    source = SOURCE.read_bytes()
+    key = repr((source, FLAGS, element, platform.machine(), _cpu())).encode()
+    name = f"kernels-{hashlib.sha256(key).hexdigest()[:20]}.so"
+    folder = cache_folder()
+    if (folder / name).exists():
+        return folder / name
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise Unbuilt("no C compiler (cc, or the one that CC names)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / name
+            command = (compiler, *FLAGS, *element, str(SOURCE), "-o", str(built), "-lm")
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Unbuilt(f"{compiler} failed: {' '.join(done.stderr.split())[:200]}")
+            built.replace(folder / name)
+    except OSError as error:
+        raise Unbuilt(f"{folder}: {error.strerror}") from None
+    return folder / name
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: sagec in XDG_CACHE_HOME, which is ~/.cache unless it is set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sagec"
+
+
+def _cpu() -> str:
+    """What a build for "native" depends on: two machines may share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(("flags", "model"))))

@@ -1,0 +1,69 @@
+"""A request on this instance: its tokens, and how many of them have KV here."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from sagec.runtime.engines.torch.text import StopStrings
+from sagec.runtime.request import FinishReason, Request
+
+
+@dataclass
+class Row:
+    """One resident request.
+
+    tokens: prompt, then output. computed: how many of the first tokens have KV, in the blocks of
+    pool slot `slot` or, while swapped out, in `host_kv`, a tensor a layer.
+    """
+
+    request: Request
+    slot: int
+    draw_key: str
+    stops: Collection[int]
+    max_tokens: int
+    stop_strings: StopStrings | None = None
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    host_kv: list[torch.Tensor] | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Tokens sampled so far."""
+        return tuple(self.tokens[len(self.request.prompt) :])
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were sampled."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next can be sampled: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next token takes a decode, its prompt being computed."""
+        return self.num_output > 0 and self.pending == 1
+
+    @property
+    def draws(self) -> bool:
+        """Whether its tokens are drawn, and not simply the likeliest."""
+        return self.request.sampling.temperature > 0
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take a sampled token, unless it is a stop token; why the request ends now, if it does."""
+        if token in self.stops:
+            return FinishReason.STOP
+        if len(self.tokens) >= self.max_tokens:
+            return FinishReason.LENGTH
+        self.tokens.append(token)
+        if self.stop_strings is not None and self.stop_strings.push(token):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) >= self.max_tokens else None

@@ -1,0 +1,153 @@
+"""A plan under way: which tokens of which rows the next step computes."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from sagec.runtime.engines.torch.residents import Residents
+from sagec.runtime.engines.torch.row import Row
+from sagec.runtime.plan import ExecutionPlan
+
+
+@dataclass
+class Pick:
+    """Tokens [begin, end) of a row, to be computed in one step."""
+
+    row: Row
+    begin: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the row's next token can be sampled after this."""
+        return self.end == len(self.row.tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is one token, the last one sampled."""
+        return self.row.decodes
+
+
+@dataclass
+class Membership:
+    """A row of the plan's decode table."""
+
+    id: str
+    begin_step: int
+    until_tokens: int
+    prompt_tokens: int
+
+    def admits(self, row: Row) -> bool:
+        """Whether the row, which is here, has its prompt computed and tokens left to decode."""
+        ready = row.computed >= self.prompt_tokens or row.decodes
+        return ready and row.pending > 0 and row.computed < self.until_tokens
+
+
+@dataclass
+class RunningPlan:
+    """A plan and how far it is: `step` is the next one.
+
+    computing_ids: the requests that compute or decode here. imported_ids: those whose KV comes.
+    failures: (request id, why).
+    """
+
+    plan: ExecutionPlan
+    step: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        plan, ids = self.plan, self.plan.request_ids
+        rows, chunks, decodes = plan.rows, plan.chunks, plan.decodes
+        self.kv_blocks = dict(zip(ids, rows.kv_blocks.tolist(), strict=True))
+        self.exports = {
+            ids[row]: plan.peers[peer]
+            for row, peer in zip(plan.exports.row.tolist(), plan.exports.peer.tolist(), strict=True)
+        }
+        self._chunks: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        columns = (chunks.step, chunks.row, chunks.begin, chunks.end)
+        for step, row, begin, end in zip(*(column.tolist() for column in columns), strict=True):
+            self._chunks[step].append((ids[row], begin, end))
+        prompts = rows.prompt_tokens[decodes.row]
+        columns = (decodes.row, decodes.begin_step, decodes.until_tokens, prompts)
+        self._outside = [
+            Membership(ids[row], begin, until, prompt)
+            for row, begin, until, prompt in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+        self._joined: list[Membership] = []
+        self.imported_ids = {ids[row] for row in plan.imports.row.tolist()}
+        self.computing_ids = {ids[row] for row in (*chunks.row.tolist(), *decodes.row.tolist())}
+        self._stalled: set[str] = set()
+
+    def next_picks(self, residents: Residents) -> list[Pick]:
+        """What the next step that has anything to do computes; `step` goes there. Empty: none."""
+        for step in range(self.step, self.plan.num_steps):
+            picks: dict[str, Pick] = {}
+            self._pick_chunks(step, residents, picks)
+            self._pick_decodes(step, residents, picks)
+            if picks:
+                self.step = step
+                return list(picks.values())
+        return []
+
+    def _pick_chunks(self, step: int, residents: Residents, picks: dict[str, Pick]) -> None:
+        for id, begin, end in self._chunks.get(step, ()):
+            row = residents.rows.get(id)
+            if row is None or id in self._stalled:
+                continue
+            earlier = picks.get(id)
+            computed = earlier.end if earlier else row.computed
+            if computed >= end:
+                continue
+            if error := _chunk_error(row, computed, begin, end):
+                self.failures.append((id, f"plan {self.plan.plan_id!r} step {step}: {error}"))
+                self._stalled.add(id)
+            elif not self._has_room(residents, row, end):
+                self._stalled.add(id)  # its later chunks are no gap; a newer plan goes on with it
+            elif earlier:
+                earlier.end = end
+            else:
+                picks[id] = Pick(row, computed, end)
+
+    def _pick_decodes(self, step: int, residents: Residents, picks: dict[str, Pick]) -> None:
+        """Rows of the batch first, then late ones, while the step's token budget lasts."""
+        budget = self.plan.max_step_tokens - sum(pick.end - pick.begin for pick in picks.values())
+        joining: list[Membership] = []
+        for member in self._joined + self._outside:
+            if budget <= 0:
+                break
+            row = residents.rows.get(member.id)
+            if row is None or member.id in picks or step < member.begin_step:
+                continue
+            if not member.admits(row):
+                continue
+            end = min(len(row.tokens), member.until_tokens, row.computed + budget)
+            if self._has_room(residents, row, end):
+                picks[member.id] = Pick(row, row.computed, end)
+                budget -= end - row.computed
+                joining.append(member)
+        self._join(joining)
+
+    def _join(self, members: list[Membership]) -> None:
+        joined = {member.id for member in self._joined}
+        if new := [member for member in members if member.id not in joined]:
+            self._joined += new
+            ids = {member.id for member in new}
+            self._outside = [member for member in self._outside if member.id not in ids]
+
+    def _has_room(self, residents: Residents, row: Row, tokens: int) -> bool:
+        """Whether the row gets blocks now; one that never can is a failure."""
+        if residents.make_room(row, tokens):
+            return True
+        pool = residents.pool
+        if (needed := pool.blocks_for(tokens)) > pool.num_blocks:
+            self.failures.append(
+                (row.id, f"{tokens} tokens need {needed} KV blocks; there are {pool.num_blocks}")
+            )
+        return False
+
+
+def _chunk_error(row: Row, computed: int, begin: int, end: int) -> str | None:
+    if computed < begin:
+        return f"chunk [{begin}, {end}) leaves a gap: only {computed} tokens are computed"
+    if end > len(row.tokens):
+        return f"chunk [{begin}, {end}) goes beyond the request's {len(row.tokens)} tokens"
+    return None

@@ -1,0 +1,440 @@
+"""Where every request and instance stands, as columns, and what a strategy says about it.
+
+The loop keeps a `RequestTable` and alone writes it. A strategy and the planner read `State`, a
+view that does not change, and a strategy answers with a `Decision`. Columns have one row a request
+(or instance); rows of `Waiting` and `Running` are ordered by the order in which requests came.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from sagec.runtime.plan import RECOMPUTE
+from sagec.runtime.request import Request
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Strings = npt.NDArray[np.object_]
+
+UNBOUNDED = 2**31 - 1
+"""Tokens of a request that goes on until it stops."""
+
+ANY = 2**31 - 1
+"""An instance index where the compiler is free to choose."""
+
+ADMIT, DEFER, REJECT = 0, 1, 2
+VERDICTS = ("admit", "defer", "reject")
+"""Names of the verdicts, by code."""
+
+ROLES = ("prefill", "decode", "both")
+
+
+class StateError(ValueError):
+    """Columns or a decision that do not hold together; says which row, and what is wrong."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Columns:
+    """Arrays of one length; a field without a value is all zeros, False or empty strings."""
+
+    ids: Strings
+    _defaults: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, ids: Sequence[str], **columns: Any) -> Self:
+        """Columns of the given values, the rest at their defaults: a list, or one value for all.
+
+        >>> Waiting.of(["a", "b"], prompt_tokens=[3, 5], generate_tokens=8).generate_tokens
+        array([8, 8])
+        """
+        dtypes = _dtypes(cls)
+        if unknown := sorted(columns.keys() - dtypes.keys()):
+            raise StateError(f"{cls.__name__} has no column {unknown[0]!r}; it has {list(dtypes)}")
+        values = {"ids": list(ids), **cls._defaults, **columns}
+        return cls(
+            **{
+                name: _column(values.get(name, _EMPTY[dtype]), dtype, len(ids))
+                for name, dtype in dtypes.items()
+            }
+        )
+
+    def __post_init__(self) -> None:
+        lengths = {f.name: len(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if len(set(lengths.values())) > 1:
+            raise StateError(f"{type(self).__name__}: columns of different lengths: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def rows(self) -> Ints:
+        """Every row's number: what orders and choices are expressed in."""
+        return np.arange(len(self))
+
+
+_DTYPES: dict[Any, Any] = {Ints: np.int64, Bools: np.bool_, Strings: np.object_}
+_EMPTY: dict[Any, Any] = {np.int64: 0, np.bool_: False, np.object_: ""}
+
+
+def _dtypes(table: type) -> dict[str, Any]:
+    """Type of each column, read off the annotations."""
+    hints = get_type_hints(table)
+    return {field.name: _DTYPES[hints[field.name]] for field in dataclasses.fields(table)}
+
+
+def _column(values: Any, dtype: Any, length: int) -> Any:
+    column = np.empty(length, dtype)
+    column[:] = values
+    column.flags.writeable = False
+    return column
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked(_Columns):
+    """What a client asked for, as far as it bears on a decision.
+
+    ttft_us and tpot_us are 0 where nothing was promised; empty strings mean none was named.
+    """
+
+    arrival_us: Ints
+    priority: Ints
+    ttft_us: Ints
+    tpot_us: Ints
+    model: Strings
+    tenant: Strings
+    session: Strings
+    adapter: Strings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Waiting(_Asked):
+    """Requests that hold no KV anywhere.
+
+    prompt_tokens: tokens to compute before the next one can be sampled; after a preemption this
+    includes the output so far. generate_tokens: how many may still be generated, or UNBOUNDED.
+    """
+
+    prompt_tokens: Ints
+    generate_tokens: Ints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Running(_Asked):
+    """Requests that an instance computes, holds or is about to get.
+
+    instance: index into `State.instances` where the request is, or is going while arriving.
+    prompt_tokens: tokens before the first one sampled since it was admitted; a prefill that is
+    not done has computed_tokens < prompt_tokens. computed_tokens: tokens whose KV is there.
+    remaining_tokens: still to generate, or UNBOUNDED. decode_on: where it will decode.
+    """
+
+    instance: Ints
+    prompt_tokens: Ints
+    computed_tokens: Ints
+    remaining_tokens: Ints
+    arriving: Bools
+    decode_on: Ints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Instances(_Columns):
+    """Instances of the cluster; an index into these columns names one everywhere.
+
+    role: one of ROLES. kv_blocks of block_tokens tokens each; kv_blocks_used: those that hold or
+    are promised to running requests, each with its whole prompt and the next token.
+    idle: no plan is at work there.
+    """
+
+    role: Strings
+    model: Strings
+    engine: Strings
+    kv_blocks: Ints
+    block_tokens: Ints
+    kv_blocks_used: Ints
+    max_context_tokens: Ints
+    alive: Bools
+    idle: Bools
+    _defaults = {"alive": True, "idle": True}
+
+    @property
+    def prefills(self) -> Bools:
+        """Alive, and allowed to prefill."""
+        allowed: Bools = self.role != "decode"
+        return self.alive & allowed
+
+    @property
+    def decodes(self) -> Bools:
+        """Alive, and allowed to decode."""
+        allowed: Bools = self.role != "prefill"
+        return self.alive & allowed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class State:
+    """What a strategy and the planner see of a round; nothing in it ever changes."""
+
+    now_us: int
+    round: int
+    waiting: Waiting
+    running: Running
+    instances: Instances
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What a strategy says: a row for each waiting request, and the running ones to preempt.
+
+    verdict: ADMIT, DEFER or REJECT. rank: admitted rows go in this order, smallest first.
+    reason: why, in words. prefill_on, decode_on: index of an instance, or ANY. chunk_tokens: no
+    chunk of the row's prompt is longer; 0: nothing said.
+    preempt_rows: rows of `State.running`; preempt_how: RECOMPUTE or SWAP.
+    mode, horizon_steps: how the round is to be fused and how far it looks; "" and 0: as configured.
+    again_us: when to be asked again at the latest, though nothing happens until then.
+    """
+
+    verdict: npt.NDArray[np.int8]
+    rank: Ints
+    reason: Strings
+    prefill_on: Ints
+    decode_on: Ints
+    chunk_tokens: Ints
+    preempt_rows: Ints
+    preempt_how: Ints
+    preempt_reason: Strings
+    mode: str = ""
+    horizon_steps: int = 0
+    again_us: int | None = None
+
+    @classmethod
+    def defer(cls, waiting: Waiting, because: str = "") -> Self:
+        """Everybody waits."""
+        n = len(waiting)
+        return cls(
+            verdict=np.full(n, DEFER, np.int8),
+            rank=np.zeros(n, np.int64),
+            reason=_strings_of(because, n),
+            prefill_on=np.full(n, ANY, np.int64),
+            decode_on=np.full(n, ANY, np.int64),
+            chunk_tokens=np.zeros(n, np.int64),
+            preempt_rows=np.zeros(0, np.int64),
+            preempt_how=np.zeros(0, np.int64),
+            preempt_reason=_strings_of("", 0),
+        )
+
+    @classmethod
+    def admit(
+        cls,
+        rows: Ints,
+        waiting: Waiting,
+        because: str | Sequence[str] = "",
+        otherwise: str = "",
+    ) -> Self:
+        """The given rows are admitted in the given order, all others wait.
+
+        >>> waiting = Waiting.of(["late", "early"], arrival_us=[9, 2])
+        >>> decision = Decision.admit(np.argsort(waiting.arrival_us), waiting)
+        >>> decision.rank
+        array([1, 0])
+        """
+        decision = cls.defer(waiting, otherwise)
+        decision.verdict[rows] = ADMIT
+        decision.rank[rows] = np.arange(len(rows))
+        decision.reason[rows] = _strings_of(because, len(rows))
+        return decision
+
+    def reject(self, rows: Ints, because: str | Sequence[str]) -> Self:
+        """The same, but the given rows will never be served."""
+        verdict, reason = self.verdict.copy(), self.reason.copy()
+        verdict[rows] = REJECT
+        reason[rows] = _strings_of(because, len(rows))
+        return dataclasses.replace(self, verdict=verdict, reason=reason)
+
+    def preempt(self, rows: Ints, because: str | Sequence[str], how: int = RECOMPUTE) -> Self:
+        """The same, and the given rows of `State.running` lose their place."""
+        return dataclasses.replace(
+            self,
+            preempt_rows=np.concatenate([self.preempt_rows, rows]).astype(np.int64),
+            preempt_how=np.concatenate([self.preempt_how, np.full(len(rows), how)]),
+            preempt_reason=np.concatenate([self.preempt_reason, _strings_of(because, len(rows))]),
+        )
+
+    @property
+    def admitted(self) -> Ints:
+        """Rows of the admitted, in the order of their rank."""
+        rows = np.flatnonzero(self.verdict == ADMIT)
+        return rows[np.argsort(self.rank[rows], kind="stable")]
+
+    @property
+    def rejected(self) -> Ints:
+        """Rows of the rejected."""
+        return np.flatnonzero(self.verdict == REJECT)
+
+
+def _strings_of(values: str | Sequence[str], length: int) -> Strings:
+    column = np.empty(length, np.object_)
+    column[:] = values
+    return column
+
+
+def check(decision: Decision, state: State, source: str = "decision") -> None:
+    """Raise StateError unless the decision fits the state: lengths, codes, rows, instances."""
+    n, num_running = len(state.waiting), len(state.running)
+    for name in ("verdict", "rank", "reason", "prefill_on", "decode_on", "chunk_tokens"):
+        if len(column := getattr(decision, name)) != n:
+            raise StateError(f"{source}: {name} has {len(column)} rows for {n} waiting requests")
+    _check_codes(decision.verdict, len(VERDICTS), f"{source}: verdict")
+    _check_codes(decision.preempt_rows, num_running, f"{source}: preempt_rows")
+    if len(np.unique(decision.preempt_rows)) < len(decision.preempt_rows):
+        raise StateError(f"{source}: preempt_rows names a row twice")
+    for name in ("prefill_on", "decode_on"):
+        chosen = getattr(decision, name)
+        _check_codes(chosen[chosen != ANY], len(state.instances), f"{source}: {name}")
+
+
+def _check_codes(column: npt.NDArray[Any], bound: int, place: str) -> None:
+    if (bad := np.flatnonzero((column < 0) | (column >= bound))).size:
+        raise StateError(f"{place}[{bad[0]}]: {column[bad[0]]} is not in [0, {bound})")
+
+
+FREE, WAITING, RUNNING, LEAVING = 0, 1, 2, 3
+"""Phases of a table row. LEAVING: told to leave its instance, which has not yet said it did."""
+
+_ASKED = ("ids", "arrival_us", "priority", "ttft_us", "tpot_us")
+_NAMED = ("model", "tenant", "session", "adapter")
+_PLACED = ("instance", "prompt_tokens", "computed_tokens", "remaining_tokens", "arriving")
+
+
+class RequestTable:
+    """All live requests, a row each; a row that becomes free is used again. Only the loop writes.
+
+    Columns mean what they mean in `Waiting` and `Running`; sequence is the order of coming.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.phase = np.zeros(capacity, np.int8)
+        self.sequence = np.zeros(capacity, np.int64)
+        self.ids, self.model, self.tenant = (np.full(capacity, "", object) for _ in range(3))
+        self.session, self.adapter = (np.full(capacity, "", object) for _ in range(2))
+        self.arrival_us, self.priority = np.zeros((2, capacity), np.int64)
+        self.ttft_us, self.tpot_us = np.zeros((2, capacity), np.int64)
+        self.prompt_tokens, self.computed_tokens = np.zeros((2, capacity), np.int64)
+        self.remaining_tokens, self.instance, self.decode_on = np.zeros((3, capacity), np.int64)
+        self.arriving = np.zeros(capacity, np.bool_)
+        self._free = list(range(capacity))[::-1]
+        self._num_added = 0
+        self._waiting: Waiting | None = None
+        self._running: Running | None = None
+
+    def __len__(self) -> int:
+        return len(self.phase) - len(self._free)
+
+    def add(self, request: Request, model: str) -> int:
+        """A row for a request that came, waiting; the columns are doubled where none is free."""
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self.sequence[row] = self._num_added
+        self._num_added += 1
+        self.ids[row], self.model[row] = request.id, model
+        self.tenant[row], self.session[row] = request.tenant, request.session
+        self.adapter[row] = request.adapter
+        self.arrival_us[row], self.priority[row] = request.arrival_us, request.priority
+        self.ttft_us[row], self.tpot_us[row] = request.ttft_us or 0, request.tpot_us or 0
+        limit = request.max_output_tokens
+        self.remaining_tokens[row] = UNBOUNDED if limit is None else limit
+        self.wait(row, len(request.prompt))
+        return row
+
+    def wait(self, row: int, prompt_tokens: int) -> None:
+        """The request holds no KV; so many tokens are to be computed before it can go on."""
+        self._enter(row, WAITING)
+        self.prompt_tokens[row], self.computed_tokens[row] = prompt_tokens, 0
+        self.arriving[row] = False
+
+    def run(self, row: int, instance: int, decode_on: int) -> None:
+        """A waiting request is given to an instance."""
+        self._enter(row, RUNNING)
+        self.instance[row], self.decode_on[row] = instance, decode_on
+
+    def leave(self, row: int) -> None:
+        """A running request is told to leave; strategies see it no more."""
+        self._enter(row, LEAVING)
+
+    def remove(self, row: int) -> None:
+        """The request has ended; its row is free."""
+        self._enter(row, FREE)
+        self.ids[row] = ""
+        self._free.append(row)
+
+    def progress(self, row: int, computed_tokens: int) -> None:
+        """An instance holds KV of so many tokens."""
+        self.computed_tokens[row] = computed_tokens
+        self._running = None
+
+    def generated(self, row: int, computed_tokens: int) -> None:
+        """One more token was sampled, after so many in KV."""
+        self.computed_tokens[row] = computed_tokens
+        if self.remaining_tokens[row] != UNBOUNDED:
+            self.remaining_tokens[row] -= 1
+        self._running = None
+
+    def move(self, row: int, instance: int, arriving: bool) -> None:
+        """The request's KV is on its way to an instance, or has come there."""
+        self.instance[row] = self.decode_on[row] = instance
+        self.arriving[row] = arriving
+        self._running = None
+
+    def waiting(self) -> Waiting:
+        """The waiting requests, in the order in which they came."""
+        if self._waiting is None:
+            rows = self._rows(WAITING)
+            columns = {name: self._view(name, rows) for name in _ASKED + _NAMED + _PLACED[1:2]}
+            remaining = self._view("remaining_tokens", rows)
+            self._waiting = Waiting(generate_tokens=remaining, **columns)
+        return self._waiting
+
+    def running(self) -> Running:
+        """The requests on instances, in the order in which they came."""
+        if self._running is None:
+            rows = self._rows(RUNNING)
+            columns = _ASKED + _NAMED + _PLACED + ("decode_on",)
+            self._running = Running(**{name: self._view(name, rows) for name in columns})
+        return self._running
+
+    def kv_blocks_used(self, block_tokens: Ints) -> Ints:
+        """Blocks of each instance that hold or are promised to its requests."""
+        rows = np.flatnonzero(self.phase >= RUNNING)
+        tokens = np.maximum(self.prompt_tokens[rows], self.computed_tokens[rows]) + 1
+        used = np.zeros(len(block_tokens), np.int64)
+        here, later = self.instance[rows], self.decode_on[rows]
+        np.add.at(used, here, -(-tokens // block_tokens[here]))
+        moving = here != later
+        np.add.at(used, later[moving], -(-tokens // block_tokens[later])[moving])
+        return used
+
+    def _enter(self, row: int, phase: int) -> None:
+        for changed in (self.phase[row], phase):
+            if changed == WAITING:
+                self._waiting = None
+            elif changed == RUNNING:
+                self._running = None
+        self.phase[row] = phase
+
+    def _rows(self, phase: int) -> Ints:
+        rows = np.flatnonzero(self.phase == phase)
+        return rows[np.argsort(self.sequence[rows])]
+
+    def _view(self, name: str, rows: Ints) -> Any:
+        column = getattr(self, name)[rows]
+        column.flags.writeable = False
+        return column
+
+    def _grow(self) -> None:
+        capacity = len(self.phase)
+        for name, column in vars(self).items():
+            if isinstance(column, np.ndarray):
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+        self._free = list(range(capacity, 2 * capacity))[::-1]

@@ -1,0 +1,337 @@
+"""Requests and decisions into graphs: a handful of wide ops, however many requests there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
+
+from sagec.dialects import pd
+from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
+from sagec.passes import flow
+from sagec.runtime.plan import SWAP
+from sagec.runtime.request import Request
+from sagec.runtime.state import ADMIT, ANY, REJECT, Decision, Running, State, Strings, Waiting
+
+
+@dataclass(frozen=True)
+class IRNode:
+    """An op of a graph, as a plain Python program sees it."""
+
+    op: Operation
+
+    @property
+    def name(self) -> str:
+        """The op's name, e.g. `pd.prefill`."""
+        return self.op.name
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Ids of the requests that the op gives or names."""
+        if isinstance(self.op, pd.TableOp):
+            return self.op.names
+        return flow.table(self.op.results[0]).names if self.op.results else ()
+
+    @property
+    def inputs(self) -> list[IRNode]:
+        """The nodes whose values it uses, each once."""
+        makers = dict.fromkeys(o.owner for o in self.op.operands if isinstance(o.owner, Operation))
+        return [IRNode(maker) for maker in makers]
+
+    @property
+    def users(self) -> list[IRNode]:
+        """The nodes that use its values, each once."""
+        users = dict.fromkeys(use.operation for r in self.op.results for use in r.uses)
+        return [IRNode(user) for user in users]
+
+
+@dataclass(frozen=True)
+class IRGraph:
+    """A serving graph and the module, with its cluster, that it stands in."""
+
+    module: ModuleOp
+    op: pd.GraphOp
+
+    @property
+    def name(self) -> str:
+        """The graph's symbol."""
+        return self.op.symbol
+
+    @property
+    def nodes(self) -> list[IRNode]:
+        """The graph's ops with those of its phases, in order."""
+        return [IRNode(op) for op in flow.ops_in(self.op)]
+
+    def __iter__(self) -> Iterator[IRNode]:
+        return iter(self.nodes)
+
+    def __str__(self) -> str:
+        return str(self.module)
+
+
+class IRBuilder:
+    """Builds graphs into a module that declares a cluster.
+
+    mode, horizon, policy: what the graphs say; horizon 0 plans all steps. chunk: most tokens of a
+    prompt in a step, 0: no bound. A graph is appended to the module; `drop` takes it out again.
+    """
+
+    def __init__(
+        self,
+        cluster: ModuleOp | None = None,
+        *,
+        mode: str = "hybrid",
+        horizon: int = 0,
+        policy: str = "",
+        chunk: int = 0,
+    ) -> None:
+        self.module = cluster if cluster is not None else ModuleOp([])
+        self.mode, self.horizon, self.policy, self.chunk = mode, horizon, policy, chunk
+
+    def build(self, requests: Sequence[Request], name: str = "serve") -> IRGraph:
+        """The graph that prefills and decodes all these requests.
+
+        >>> graph = IRBuilder().build([Request(id="a", prompt=(1, 2, 3))])
+        >>> [node.name for node in graph]
+        ['pd.requests', 'pd.prefill', 'pd.decode', 'pd.yield']
+        """
+        wave = pd.RequestsOp.of(_request_columns(requests))
+        prefill = pd.PrefillOp.of(wave.wave, self._chunk())
+        decode = pd.DecodeOp.of(prefill.kv)
+        return self._graph(name, [wave, prefill, decode], decode.end, {})
+
+    def build_round(self, state: State, decision: Decision) -> IRGraph:
+        """The graph of one scheduling round: who waits, what was decided, what already runs."""
+        ops: list[Operation] = []
+        parts = [*_residents(state, decision, ops), *self._prefills(state, decision, ops)]
+        end: SSAValue | None = None
+        if parts:
+            end = parts[0]
+            if len(parts) > 1:
+                join = pd.JoinOp.of(parts)
+                ops.append(join)
+                end = join.kv
+            decode = pd.DecodeOp.of(end)
+            ops.append(decode)
+            end = decode.end
+        numbers = {
+            "now": state.now_us,
+            "round": state.round,
+            "horizon": decision.horizon_steps or self.horizon,
+        }
+        return self._graph(f"round_{state.round}", ops, end, numbers, decision.mode)
+
+    def drop(self, graph: IRGraph) -> None:
+        """Take a graph out of the module, for good."""
+        graph.op.detach()  # type: ignore[no-untyped-call]
+        graph.op.erase(safe_erase=False)
+
+    def _prefills(self, state: State, decision: Decision, ops: list[Operation]) -> list[SSAValue]:
+        """Prefills of the prompts under way, and of what was decided to begin."""
+        waves: list[SSAValue] = []
+        if (columns := _started_columns(state, decision)) is not None:
+            ops.append(started := pd.RequestsOp.of(columns))
+            waves.append(started.wave)
+        if len(state.waiting):
+            ops.append(asked := pd.RequestsOp.of(_waiting_columns(state.waiting)))
+            ops.append(decide := pd.DecideOp.over(asked.wave, _decided(state, decision, asked)))
+            waves.append(decide.verdicts)
+        prefills = [pd.PrefillOp.of(wave, self._chunk()) for wave in waves]
+        ops.extend(prefills)
+        return [prefill.kv for prefill in prefills]
+
+    def _chunk(self) -> dict[str, Attribute]:
+        return {"chunk": IntegerAttr(self.chunk, i64)} if self.chunk else {}
+
+    def _graph(
+        self,
+        name: str,
+        ops: list[Operation],
+        end: SSAValue | None,
+        numbers: dict[str, int],
+        mode: str = "",
+    ) -> IRGraph:
+        properties: dict[str, Attribute] = {"sym_name": StringAttr(name)}
+        if self.policy:
+            properties["policy"] = StringAttr(self.policy)
+        properties["mode"] = StringAttr(mode or self.mode)
+        properties |= {key: IntegerAttr(value, i64) for key, value in numbers.items() if value}
+        last = pd.YieldOp.create(operands=[end] if end is not None else [])
+        graph = pd.GraphOp.create(properties=properties, regions=[Region(Block([*ops, last]))])
+        self.module.body.block.add_op(graph)
+        return IRGraph(self.module, graph)
+
+
+# Columns. Those that say nothing but defaults are left out.
+
+
+def _request_columns(requests: Sequence[Request]) -> dict[str, Attribute]:
+    columns: dict[str, Attribute] = {
+        "ids": NamesAttr.of(request.id for request in requests),
+        "prompt": ColumnAttr.of([len(request.prompt) for request in requests]),
+    }
+    numbers = {
+        "generate": ([r.max_output_tokens or pd.UNBOUNDED for r in requests], pd.UNBOUNDED),
+        "arrived": ([r.arrival_us for r in requests], 0),
+        "priority": ([r.priority for r in requests], 0),
+        "ttft": ([r.ttft_us or 0 for r in requests], 0),
+        "tpot": ([r.tpot_us or 0 for r in requests], 0),
+    }
+    for name, (values, default) in numbers.items():
+        if any(value != default for value in values):
+            columns[name] = ColumnAttr.of(values)
+    for name in ("model", "tenant", "session", "adapter"):
+        if any(words := [getattr(request, name) for request in requests]):
+            columns[name] = WordsAttr.from_rows(words)
+    return columns
+
+
+def _waiting_columns(waiting: Waiting) -> dict[str, Attribute]:
+    columns: dict[str, Attribute] = {
+        "ids": _names(waiting.ids),
+        "prompt": ColumnAttr.of(waiting.prompt_tokens),
+        "generate": ColumnAttr.of(waiting.generate_tokens),
+        "arrived": ColumnAttr.of(waiting.arrival_us),
+    }
+    return columns | _promises(waiting) | _named(waiting)
+
+
+def _promises(asked: Waiting | Running) -> dict[str, Attribute]:
+    columns: dict[str, Attribute] = {}
+    for name, column in (
+        ("priority", asked.priority),
+        ("ttft", asked.ttft_us),
+        ("tpot", asked.tpot_us),
+    ):
+        if column.any():
+            columns[name] = ColumnAttr.of(column)
+    if "ttft" in columns:
+        late = np.where(asked.ttft_us > 0, asked.arrival_us + asked.ttft_us, 0)
+        columns["deadline"] = ColumnAttr.of(late)
+    return columns
+
+
+def _named(asked: Waiting | Running) -> dict[str, Attribute]:
+    columns: dict[str, Attribute] = {}
+    for name in ("model", "tenant", "session", "adapter"):
+        column: Strings = getattr(asked, name)
+        if column.any():
+            columns[name] = WordsAttr.from_rows(column.tolist())
+    return columns
+
+
+def _names(ids: Strings) -> NamesAttr:
+    return NamesAttr(tuple(ids.tolist()))
+
+
+def _decided(state: State, decision: Decision, asked: pd.RequestsOp) -> dict[str, Attribute]:
+    """The rows of a pd.decide: the strategy's verdicts are those of the dialect, in other words."""
+    verdict = _VERDICT_CODES[decision.verdict]
+    columns: dict[str, Attribute] = {
+        "ids": asked.properties["ids"],
+        "verdict": ColumnAttr.of(verdict),
+        "rank": ColumnAttr.of(_dense_ranks(verdict, decision.rank)),
+    }
+    if any(reasons := decision.reason.tolist()):
+        columns["because"] = WordsAttr.from_rows(reasons)
+    for name, chosen in (("prefill_on", decision.prefill_on), ("decode_on", decision.decode_on)):
+        if (chosen != ANY).any():
+            columns[name] = _places(state, chosen)
+    if decision.chunk_tokens.any():
+        columns["chunk"] = ColumnAttr.of(decision.chunk_tokens)
+    return columns
+
+
+_VERDICT_CODES = np.zeros(3, np.int64)
+_VERDICT_CODES[[ADMIT, 1, REJECT]] = pd.ADMIT, pd.DEFER, pd.REJECT
+
+
+def _dense_ranks(verdict: Ints, rank: Ints) -> Ints:
+    """Ranks of the admitted from 0 on without gaps; a strategy may leave some."""
+    rows = np.flatnonzero(verdict == pd.ADMIT)
+    dense = np.zeros(len(verdict), np.int64)
+    dense[rows[np.argsort(rank[rows], kind="stable")]] = np.arange(len(rows))
+    return dense
+
+
+def _places(state: State, chosen: Ints) -> WordsAttr:
+    """Names of the chosen instances; ANY is no name."""
+    names = (*state.instances.ids.tolist(), "")
+    return WordsAttr.of(names, np.where(chosen == ANY, len(names) - 1, chosen))
+
+
+# Running requests
+
+
+def _residents(state: State, decision: Decision, ops: list[Operation]) -> list[SSAValue]:
+    """What decodes already, and what must leave."""
+    running = state.running
+    if not len(running):
+        return []
+    done = running.arriving | (running.computed_tokens >= running.prompt_tokens)
+    out = np.zeros(len(running), np.bool_)
+    out[decision.preempt_rows] = True
+    parts = _resident_part(state, np.flatnonzero(done & ~out), ops)
+    if out.any():
+        gone = pd.ResidentOp.of(_resident_columns(state, decision.preempt_rows))
+        ops.append(gone)
+        ops.append(pd.PreemptOp.over(gone.kv, _preempted(decision, gone)))
+    return parts
+
+
+def _resident_part(state: State, rows: Ints, ops: list[Operation]) -> list[SSAValue]:
+    if not rows.size:
+        return []
+    ops.append(resident := pd.ResidentOp.of(_resident_columns(state, rows)))
+    return [resident.kv]
+
+
+def _resident_columns(state: State, rows: Ints) -> dict[str, Attribute]:
+    running = state.running
+    arriving = running.arriving[rows]
+    prompt, computed = running.prompt_tokens[rows], running.computed_tokens[rows]
+    columns: dict[str, Attribute] = {
+        "ids": _names(running.ids[rows]),
+        "on": WordsAttr.of(tuple(state.instances.ids.tolist()), running.instance[rows]),
+        "context": ColumnAttr.of(np.where(arriving, prompt, np.maximum(computed, 1))),
+        "remaining": ColumnAttr.of(running.remaining_tokens[rows]),
+    }
+    if arriving.any():
+        columns["arriving"] = ColumnAttr.of(arriving)
+    return columns
+
+
+def _preempted(decision: Decision, gone: pd.ResidentOp) -> dict[str, Attribute]:
+    how = np.where(decision.preempt_how == SWAP, pd.SWAP, pd.PREEMPT)
+    columns: dict[str, Attribute] = {
+        "ids": gone.properties["ids"],
+        "verdict": ColumnAttr.of(how),
+        "on": gone.properties["on"],
+    }
+    if any(reasons := decision.preempt_reason.tolist()):
+        columns["because"] = WordsAttr.from_rows(reasons)
+    return columns
+
+
+def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] | None:
+    """Prompts under way: they go on where they are, before anything new."""
+    running = state.running
+    started = ~running.arriving & (running.computed_tokens < running.prompt_tokens)
+    started[decision.preempt_rows] = False
+    if not started.any():
+        return None
+    rows = np.flatnonzero(started)
+    columns: dict[str, Attribute] = {
+        "ids": _names(running.ids[rows]),
+        "prompt": ColumnAttr.of(running.prompt_tokens[rows]),
+        "generate": ColumnAttr.of(np.maximum(running.remaining_tokens[rows], 1)),
+        "computed": ColumnAttr.of(running.computed_tokens[rows]),
+        "on": _places(state, running.instance[rows]),
+        "decode_on": _places(state, running.decode_on[rows]),
+    }
+    if (models := running.model[rows]).any():
+        columns["model"] = WordsAttr.from_rows(models.tolist())
+    return columns

@@ -1,0 +1,7 @@
+"""`python -m sagec.cli`, where the script `sagec` is not on the path."""
+
+import sys
+
+from sagec.cli import main
+
+sys.exit(main())

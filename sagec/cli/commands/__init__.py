@@ -1,0 +1,9 @@
+"""The commands of sagec, a file each.
+
+A command's file has a docstring whose first line is its help, an EPILOG with examples,
+`add_arguments(parser)`, and `run(args)`, which gives the exit code. At its top it imports nothing
+heavy, because `sagec --help` imports them all.
+"""
+
+ORDER = ("run", "compile", "opt", "fmt", "passes", "doctor", "completion")
+"""How the help lists them; one that is not here comes last."""

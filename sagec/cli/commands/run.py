@@ -1,0 +1,49 @@
+"""compile a file and serve its requests, text as it streams
+
+Each instance of the file's cluster is an engine in a process of its own; the requests are served
+by the loop with the named strategy, and each plan is compiled when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EPILOG = """examples:
+  sagec run examples/chat.sage
+  sagec run examples/chat.sage --timeline out/chat.svg --trace out/chat.json
+  sagec run examples/chat.sage --one-process --strategy fifo --limit 2 --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE, how to serve it, and what to write of it."""
+    parser.add_argument("file", metavar="FILE", help=".sage or .mlir; -: stdin")
+    how = parser.add_argument_group("how to serve")
+    how.add_argument("--engine", metavar="NAME", help="for all instances, instead of the file's")
+    how.add_argument(
+        "--one-process", action="store_true", help="all instances in this process, one by one"
+    )
+    how.add_argument("--strategy", metavar="NAME", help="instead of the file's, or fifo")
+    how.add_argument(
+        "--horizon", metavar="STEPS", type=positive, help="steps that a plan covers at most"
+    )
+    how.add_argument("--limit", metavar="N", type=positive, help="only the first N requests")
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--timeline", metavar="SVG", help="a picture of who computed what when")
+    what.add_argument("--trace", metavar="JSON", help="the same for Perfetto")
+    what.add_argument("--json", action="store_true", help="texts and figures for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve; 1 where a request failed or was rejected. Raises what failure.py knows."""
+    from sagec.cli import serving
+
+    return serving.run(args)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, of the command line."""
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return number

@@ -1,0 +1,215 @@
+"""`sagec run`: from a file to engines, requests, text, a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from sagec.cli import figures, writing
+from sagec.cli.failure import InputError, UsageError, unknown
+from sagec.cli.stream import Stream, stream_for
+from sagec.cli.text import Transcript, decoder_of
+from sagec.passes.topology import Instance as Placed
+from sagec.passes.topology import topology_of
+from sagec.runtime import engines, process, strategies
+from sagec.runtime.engines import Engine, InstanceSpec
+from sagec.runtime.executor import ExecutorAPI
+from sagec.runtime.loop import Finished, Instance, Output, Planned, Token
+from sagec.runtime.report import RequestReport, Summary
+from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.timeline import Timeline
+
+if TYPE_CHECKING:
+    from sagec.compiler import Unit
+
+CHANNELS = {True: "local", False: "shared-memory"}
+"""How KV moves, by whether all instances are in one process."""
+
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+WELL = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the file's requests; 1 where one of them failed or was rejected."""
+    from sagec.compiler import Compiler
+
+    compiler = Compiler()
+    unit = compiler.read(args.file)
+    placed = topology_of(unit.module).instances
+    requests = chosen(unit, args.limit)
+    strategy = strategies.create(args.strategy or unit.strategy or "fifo")
+    specs = [spec_of(instance, args.engine, args.one_process) for instance in placed]
+    if not specs:
+        raise InputError(f"{unit.name}: no instance to serve on; say where in a cluster")
+    served = _Served(requests, {i.model.name: i.model.path for i in placed}, args.json)
+    timeline = Timeline([spec.id for spec in specs])
+    planner = compiler.planner(unit.module, horizon=args.horizon)
+    running = started(specs, args.one_process)
+    known = [_as_known(instance, running) for instance in placed]
+    make = {spec.id: functools.partial(_made, spec, args.one_process) for spec in specs}
+    with ExecutorAPI(
+        running, known, watch=[timeline.hear], restart=lambda name: make[name]()
+    ) as executor:
+        served.follow(executor.serve(requests, strategy, planner, on_round=served.planned))
+    return _report(args, served, timeline, unit.name)
+
+
+def chosen(unit: Unit, limit: int | None) -> list[Request]:
+    """The first requests of the file. Raises InputError where there are none."""
+    requests = unit.requests()[:limit]
+    if not requests:
+        raise InputError(f'{unit.name}: no request to serve; add one: request "hello" ...')
+    return requests
+
+
+def spec_of(instance: Placed, engine: str | None, one_process: bool) -> InstanceSpec:
+    """What it takes to start an instance of the file, perhaps on another engine.
+
+    Raises UsageError where there is no such engine.
+    """
+    name = engine or instance.engine
+    if name not in engines.known():
+        text = unknown("engine", name, engines.known())
+        raise UsageError(text) if engine else InputError(f"instance @{instance.name}: {text}")
+    options = {}
+    if name == "torch":
+        device = instance.devices[0].kind if instance.devices else "cpu"
+        options = {
+            "device": "cpu" if device == "cpu" else "cuda",
+            "dtype": DTYPES.get(instance.dtype, instance.dtype),
+            "channel": CHANNELS[one_process],
+        }
+    return InstanceSpec(
+        id=instance.name,
+        engine=name,
+        model=instance.model.path,
+        kv_blocks=instance.kv_blocks,
+        block_tokens=instance.block_tokens,
+        options=options,
+    )
+
+
+def started(specs: Sequence[InstanceSpec], one_process: bool) -> Mapping[str, Engine]:
+    """The engines by instance, ready. Raises EngineError, with none of them left running."""
+    where = "this process" if one_process else f"{len(specs)} processes"
+    names = ", ".join(f"{spec.id} ({spec.engine})" for spec in specs)
+    with writing.working(f"starting {names} in {where}"), ExitStack() as stack:
+        if not one_process:
+            return process.start(specs)
+        made = {}
+        for spec in specs:
+            made[spec.id] = _made(spec, one_process)
+            stack.callback(made[spec.id].close)
+        stack.pop_all()
+        return made
+
+
+def _made(spec: InstanceSpec, one_process: bool) -> Engine:
+    return engines.create(spec) if one_process else process.ProcessEngine(spec)
+
+
+def _as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
+    return Instance(
+        id=instance.name,
+        role=instance.role,
+        engine=instance.engine,
+        capability=running[instance.name].capability(),
+        model=instance.model.name,
+    )
+
+
+class _Served:
+    """What clients got: a transcript a request, and the records of those that ended."""
+
+    def __init__(self, requests: Sequence[Request], paths: Mapping[str, str], silent: bool) -> None:
+        """paths: the folder of each model, the one that requests mean by default first."""
+        decoders = {name: decoder_of(path) for name, path in paths.items()}
+        default = next(iter(decoders.values()))
+        decoder = {request.id: decoders.get(request.model, default) for request in requests}
+        self.requests = requests
+        self.transcripts = {
+            request.id: Transcript(decoder[request.id], request.stop_strings)
+            for request in requests
+        }
+        self.tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+        self.reports: list[RequestReport] = []
+        self.details: dict[str, str] = {}
+        self.rounds = 0
+        prompts = {request.id: decoder[request.id].prompt(request.prompt) for request in requests}
+        self._stream: Stream = stream_for(prompts, silent=silent)
+
+    def planned(self, _: Planned) -> None:
+        """Count a round."""
+        self.rounds += 1
+
+    def follow(self, outputs: Iterable[Output]) -> None:
+        """Show what comes until all requests have ended."""
+        with self._stream as stream:
+            for output in outputs:
+                transcript = self.transcripts[output.request_id]
+                if isinstance(output, Token):
+                    self.tokens[output.request_id].append(output.token)
+                    stream.text(output.request_id, transcript.push(output.token))
+                elif isinstance(output, Finished):
+                    stream.text(output.request_id, transcript.end())
+                    self.reports.append(output.report)
+                    self._end(stream, output.request_id, output.reason, output.detail)
+                else:
+                    self._end(stream, output.request_id, FinishReason.REJECTED, output.detail)
+
+    def _end(self, stream: Stream, request_id: str, reason: FinishReason, detail: str) -> None:
+        if reason not in WELL:
+            self.details[request_id] = detail
+        told = str(reason) if reason in WELL else f"{reason}: {detail}"
+        stream.end(request_id, told)
+
+    def summary(self, timeline: Timeline) -> Summary:
+        """The records in the order of the file, and their sum."""
+        place = {request.id: i for i, request in enumerate(self.requests)}
+        return Summary.of(
+            sorted(self.reports, key=lambda report: place[report.request_id]),
+            steps=len(timeline.steps),
+            rounds=self.rounds,
+            num_moves=len(timeline.moves),
+            kv_moved_bytes=timeline.kv_moved_bytes,
+        )
+
+
+def _report(args: argparse.Namespace, served: _Served, timeline: Timeline, name: str) -> int:
+    summary = served.summary(timeline)
+    if args.timeline:
+        writing.write_text(args.timeline, timeline.to_svg(name))
+    if args.trace:
+        writing.write_text(args.trace, timeline.to_trace())
+    if args.json:
+        writing.print_json(_json(args, served, summary, timeline))
+    else:
+        writing.console(width=100).print(figures.table(summary, timeline))
+        print(figures.sentence(summary))
+        for path, what in ((args.timeline, "timeline"), (args.trace, "trace (ui.perfetto.dev)")):
+            if path:
+                print(f"{what}: {path}")
+    return 1 if served.details else 0
+
+
+def _json(
+    args: argparse.Namespace, served: _Served, summary: Summary, timeline: Timeline
+) -> dict[str, Any]:
+    return {
+        "requests": [
+            {
+                **row,
+                "detail": served.details.get(row["request"], ""),
+                "tokens": served.tokens[row["request"]],
+                "text": served.transcripts[row["request"]].text,
+            }
+            for row in figures.rows(summary, timeline)
+        ],
+        "total": figures.total(summary),
+        "timeline": args.timeline,
+        "trace": args.trace,
+    }

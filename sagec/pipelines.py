@@ -1,0 +1,40 @@
+"""Named pipelines: passes in an order that works, and why that order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes as the command line spells them, and the reason of their order."""
+
+    text: str
+    reason: str
+
+
+_PLACED = "insert-transfers,chunk-prefill,assign-kv,fuse-steps,legalize"
+
+PIPELINES: dict[str, Pipeline] = {
+    "serve": Pipeline(
+        f"order,apply-decision,separate-phases,select-device,{_PLACED}",
+        "a file: order first, for the other passes read values that were made before; decisions "
+        "before phases, so that only admitted requests count as needs; places before transfers; "
+        "chunks and blocks before steps; legality last, on what will run",
+    ),
+    "round": Pipeline(
+        f"apply-decision,separate-phases,select-device,{_PLACED}",
+        "a scheduling round: as serve, without order, for the builder writes in order",
+    ),
+    "offline": Pipeline(
+        f"order,apply-decision,separate-phases,select-device{{method=solve}},{_PLACED}",
+        "a file with time to spare: as serve, and a solver places the requests",
+    ),
+    "check": Pipeline(
+        "order,apply-decision",
+        "only what can be wrong before anything is placed",
+    ),
+}
+"""A name of `sagec opt -p` and `sagec compile --pipeline`."""
+
+DEFAULT = "serve"

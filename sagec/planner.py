@@ -1,0 +1,77 @@
+"""The planner that the loop is given: a round's state and decision through the compiler."""
+
+from __future__ import annotations
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+
+from sagec.builder import IRBuilder
+from sagec.compiler import passes_of
+from sagec.dialects import pd
+from sagec.lowering.execution_plan import plans_of
+from sagec.passes import flow
+from sagec.pipelines import PIPELINES
+from sagec.runtime.plan import ExecutionPlan
+from sagec.runtime.state import Decision, State
+from sagec.universe import sagec_context
+
+HORIZON = 16
+"""Steps that a round plans where nobody says."""
+
+
+class CompilingPlanner:
+    """Builds a round's graph, runs the passes, lowers to plans, and forgets the graph.
+
+    A round is verified once in full, and again only when its ops are others than before: passes
+    check what depends on values in any case.
+    """
+
+    def __init__(
+        self,
+        cluster: ModuleOp,
+        *,
+        mode: str = "hybrid",
+        chunk: int = 0,
+        horizon: int = HORIZON,
+        policy: str = "",
+        pipeline: str = "round",
+    ) -> None:
+        self.context: Context = sagec_context()
+        self.builder = IRBuilder(
+            cluster, mode=mode, horizon=horizon or HORIZON, policy=policy, chunk=chunk
+        )
+        self.passes = passes_of(PIPELINES[pipeline].text if pipeline in PIPELINES else pipeline)
+        self._verified: set[tuple[str, ...]] = set()
+
+    @staticmethod
+    def of(module: ModuleOp, horizon: int | None = None) -> CompilingPlanner:
+        """The planner for a module's cluster; its first graph says mode, chunk and horizon."""
+        cluster = ModuleOp([op.clone() for op in module.ops if not isinstance(op, pd.GraphOp)])
+        graph = next(flow.graphs(module), None)
+        if graph is None:
+            return CompilingPlanner(cluster, horizon=horizon or HORIZON)
+        prefills = flow.ops_of(graph, pd.PrefillOp)
+        return CompilingPlanner(
+            cluster,
+            mode=graph.text("mode", "hybrid"),
+            chunk=prefills[0].chunk_tokens if prefills else 0,
+            horizon=horizon or graph.number("horizon") or HORIZON,
+            policy=graph.text("policy", ""),
+        )
+
+    def plan(self, state: State, decision: Decision) -> list[ExecutionPlan]:
+        """The plans of a round, one for each instance with work. Raises PassError."""
+        graph = self.builder.build_round(state, decision)
+        try:
+            for compiler_pass in self.passes.passes:
+                compiler_pass.apply(self.context, graph.module)
+            self._verify(graph.op)
+            return plans_of(graph.module)
+        finally:
+            self.builder.drop(graph)
+
+    def _verify(self, graph: pd.GraphOp) -> None:
+        shape = tuple(op.name for op in flow.ops_in(graph))
+        if shape not in self._verified:
+            graph.verify()
+            self._verified.add(shape)

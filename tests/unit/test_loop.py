@@ -1,0 +1,471 @@
+"""The serving loop on echo engines, in one process and on a virtual clock."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagec.runtime.clock import VirtualClock
+from sagec.runtime.engines import Cancelled, Failed, KVExported, PlanDone, StepReport
+from sagec.runtime.engines.echo import Echo
+from sagec.runtime.loop import (
+    Arrived,
+    Cancel,
+    CancelRequested,
+    Closed,
+    Deliver,
+    Discard,
+    Finished,
+    Joined,
+    Loop,
+    LoopError,
+    Refused,
+    Submit,
+    Token,
+    Wait,
+)
+from sagec.runtime.plan import ExecutionPlan
+from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.state import Decision, StateError
+from sagec.runtime.strategies import create
+from tests.direct_planner import DirectPlanner
+from tests.echo_cluster import (
+    ONE,
+    SPLIT,
+    WIDE,
+    Served,
+    echo_executor,
+    members,
+    requests,
+    serve,
+    spec,
+)
+
+ASKED = requests()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[int]]:
+    """The tokens of ASKED, on one instance with room for all."""
+    served = serve(ONE, ASKED, kv_blocks=400)
+    assert all(len(tokens) == 20 for tokens in served.tokens.values())
+    return served.tokens
+
+
+@pytest.mark.parametrize("roles", [ONE, SPLIT, WIDE], ids=["one", "split", "wide"])
+@pytest.mark.parametrize("kv_blocks", [12, 40])
+@pytest.mark.parametrize("chunk_tokens", [5, 32])
+@pytest.mark.parametrize("announce", [False, True], ids=["late", "announced"])
+def test_tokens_do_not_depend_on_instances_room_or_chunks(
+    roles, kv_blocks, chunk_tokens, announce, undisturbed
+):
+    planner = DirectPlanner(chunk_tokens=chunk_tokens, announce=announce)
+    served = serve(roles, ASKED, planner, kv_blocks=kv_blocks)
+    assert not served.failures
+    assert served.tokens == undisturbed
+    assert {end.reason for end in served.ends.values()} == {FinishReason.LENGTH}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    prompts=st.lists(st.integers(1, 120), min_size=1, max_size=10),
+    generate=st.integers(1, 30),
+    every_us=st.integers(0, 5000),
+    roles=st.sampled_from([ONE, SPLIT, WIDE]),
+    kv_blocks=st.integers(10, 30),
+    chunk_tokens=st.integers(1, 64),
+    horizon=st.integers(1, 20),
+)
+def test_every_request_ends_with_its_own_tokens(
+    prompts, generate, every_us, roles, kv_blocks, chunk_tokens, horizon
+):
+    asked = [
+        Request(
+            id=f"r{i}", prompt=tuple(range(n)), max_output_tokens=generate, arrival_us=i * every_us
+        )
+        for i, n in enumerate(prompts)
+    ]
+    planner = DirectPlanner(chunk_tokens=chunk_tokens, horizon=horizon)
+    served = serve(roles, asked, planner, kv_blocks=kv_blocks)
+    assert not served.failures
+    for request in asked:
+        alone = serve(ONE, [request], kv_blocks=400)
+        assert served.tokens[request.id] == alone.tokens[request.id]
+        assert served.ends[request.id].reason is FinishReason.LENGTH
+
+
+def test_a_full_cache_preempts_the_last_that_came_and_its_output_stays(undisturbed):
+    served = serve(ONE, ASKED, kv_blocks=12)
+    preempted = {name for name, end in served.ends.items() if end.report.preemptions}
+    assert preempted
+    assert "r0" not in preempted
+    assert served.tokens == undisturbed
+
+
+def test_requests_of_unknown_length_are_planned_again_until_they_stop():
+    asked = requests(6, generate=None)
+    served = serve(SPLIT, asked, vocab="50", eos="7", kv_blocks=60)
+    assert {end.reason for end in served.ends.values()} == {FinishReason.STOP}
+    assert max(len(tokens) for tokens in served.tokens.values()) > DirectPlanner().horizon
+    assert not any(7 in tokens for tokens in served.tokens.values())
+
+
+def test_a_request_that_never_stops_ends_where_the_cache_does():
+    served = serve(ONE, [Request(id="a", prompt=(1, 2, 3))], kv_blocks=3)
+    assert served.ends["a"].reason is FinishReason.LENGTH
+    assert len(served.tokens["a"]) == 3 * 16 - 3
+
+
+def test_there_is_no_round_for_a_mere_step():
+    served = serve(ONE, requests(1, generate=64), DirectPlanner(horizon=16), kv_blocks=40)
+    steps = [event for event in served.events if isinstance(event, StepReport)]
+    assert len(steps) == 64
+    assert len(served.rounds) <= 64 / 16 + 2
+
+
+def test_the_table_is_settled_from_step_reports():
+    served = serve(ONE, requests(3, every_us=5000), DirectPlanner(horizon=4))
+    for state in served.states:
+        running = state.running
+        decoding = running.computed_tokens >= running.prompt_tokens
+        generated = 20 - running.remaining_tokens
+        assert (generated[~decoding] == 0).all()
+        held = running.computed_tokens[decoding] - running.prompt_tokens[decoding]
+        assert (generated[decoding] == held + 1).all()
+
+
+def test_metrics_of_a_request_follow_its_tokens():
+    served = serve(ONE, requests(2, every_us=100))
+    times = [step.end_us for step in served.timeline.steps if step.tokens]
+    report = served.ends["r0"].report
+    assert report.arrival_us == 0
+    assert report.queue_us == 0
+    assert report.ttft_us == times[0]
+    assert report.output_tokens == 20
+    assert report.tpot_us == pytest.approx((report.last_token_us - report.first_token_us) / 19)
+
+
+def test_an_impossible_request_is_rejected_with_the_numbers():
+    asked = [Request(id="long", prompt=tuple(range(900)), max_output_tokens=4), *requests(2)]
+    served = serve(SPLIT, asked)
+    assert served.ends["long"].reason is FinishReason.REJECTED
+    assert served.ends["long"].detail == (
+        "900 prompt tokens and 4 to generate fit no instance: the largest holds 640 tokens"
+    )
+    assert served.ends["r1"].reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("request_", "detail"),
+    [
+        (Request(id="a", prompt=()), "an empty prompt; give one token at least"),
+        (Request(id="a", prompt=(1,), max_output_tokens=0), "max_output_tokens 0: 1 or more"),
+        (Request(id="a", prompt=(1,), model="llama"), "no model 'llama'; there are: "),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_rejected(request_, detail):
+    served = serve(ONE, [request_])
+    assert served.ends["a"].reason is FinishReason.REJECTED
+    assert served.ends["a"].detail == detail
+
+
+# One turn at a time: the test plays the engines.
+
+
+class Driven:
+    """A loop whose engines are the test."""
+
+    def __init__(self, roles=ONE, planner=None, strategy=None, **options):
+        self.clock = VirtualClock()
+        self.engines = {name: Echo(spec(name), self.clock) for name in roles}
+        self.loop = Loop(
+            members(self.engines, roles),
+            strategy or create("fifo"),
+            planner or DirectPlanner(),
+            self.clock,
+            **options,
+        )
+        self.turns = self.loop.run()
+        assert next(self.turns) == [Wait(None)]
+
+    def send(self, *events, kind=None):
+        """The actions that follow; only those of a kind, where one is given."""
+        try:
+            actions = self.turns.send(list(events))
+        except StopIteration:
+            return None
+        return [a for a in actions if kind is None or isinstance(a, kind)]
+
+    def play(self, actions):
+        """Let the echo engines do what the loop says until nothing happens; all outputs."""
+        outputs = []
+        while actions:
+            events = []
+            for action in actions:
+                match action:
+                    case Submit():
+                        self.engines[action.instance].submit(action.plan, action.requests)
+                    case Deliver():
+                        self.engines[action.instance].receive(action.handle)
+                    case Cancel():
+                        self.engines[action.instance].cancel(action.request_id)
+                    case Token() | Finished() | Refused():
+                        outputs.append(action)
+            for engine in self.engines.values():
+                events += engine.poll()
+            actions = self.send(*events) if events else None
+        return outputs
+
+
+def report(instance="x0", plan_id="", **fields) -> StepReport:
+    return StepReport(instance=instance, plan_id=plan_id, step=0, begin_us=0, end_us=1, **fields)
+
+
+REQUEST = Request(id="a", prompt=(1, 2, 3), max_output_tokens=5)
+
+
+def test_a_new_request_is_planned_at_once_and_sent_along():
+    driven = Driven()
+    (submit,) = driven.send(Arrived(REQUEST), kind=Submit)
+    assert submit.instance == "x0"
+    assert submit.plan.request_ids == ("a",)
+    assert [request.id for request in submit.requests] == ["a"]
+
+
+def test_a_token_that_is_there_is_dropped():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    assert len(driven.send(report(tokens=(("a", 0, 7),)), kind=Token)) == 1
+    assert driven.send(report(tokens=(("a", 0, 9), ("a", 1, 8))), kind=Token) == [
+        Token("a", 1, 8, 1)
+    ]
+    assert driven.loop.output("a") == (7, 8)
+
+
+def test_a_gap_in_the_tokens_fails_the_request_and_says_so():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    actions = driven.send(report(tokens=(("a", 0, 7), ("a", 2, 9))))
+    (finished,) = [a for a in actions if isinstance(a, Finished)]
+    assert finished.reason is FinishReason.FAILED
+    assert finished.detail == (
+        "instance 'x0' sent token 2 of 'a' after token 0; those between are lost"
+    )
+    assert Cancel("x0", "a") in actions
+
+
+def test_what_an_instance_says_of_a_request_that_is_elsewhere_is_dropped():
+    driven = Driven(WIDE)
+    (submit, *_) = driven.send(Arrived(REQUEST), kind=Submit)
+    other = "p1" if submit.instance == "p0" else "p0"
+    assert driven.send(report(other, tokens=(("a", 0, 7),)), kind=Token) == []
+    assert driven.send(report(submit.instance, tokens=(("a", 0, 7),)), kind=Token) != []
+    assert driven.send(report(other, tokens=(("nobody", 0, 7),)), kind=Token) == []
+
+
+def test_an_id_that_is_being_served_is_refused_and_the_first_goes_on():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    assert driven.send(Arrived(REQUEST), kind=Refused) == [
+        Refused("a", "request 'a' is being served")
+    ]
+    assert driven.send(report(tokens=(("a", 0, 7),)), kind=Token) != []
+
+
+def test_a_failed_request_is_tried_again_but_not_for_ever():
+    driven = Driven(max_attempts=2)
+    driven.send(Arrived(REQUEST))
+    broken = Failed(instance="x0", request_id="a", error="out of memory")
+    for _ in range(2):
+        (submit,) = driven.send(broken, kind=Submit)
+        assert [request.id for request in submit.requests] == ["a"]
+    (finished,) = driven.send(broken, kind=Finished)
+    assert (finished.reason, finished.detail) == (FinishReason.FAILED, "out of memory")
+    assert finished.report.attempts == 3
+
+
+def test_after_a_failure_the_output_is_part_of_the_prompt_and_indices_go_on():
+    driven = Driven(WIDE)
+    (first, *_) = driven.send(Arrived(REQUEST), kind=Submit)
+    driven.send(report(first.instance, chunks=(("a", 0, 3),), tokens=(("a", 0, 70),)))
+    dead = Failed(instance=first.instance, request_id=None, error="killed")
+    (submit, *_) = [s for s in driven.send(dead, kind=Submit) if s.requests]
+    assert submit.instance != first.instance
+    (sent,) = submit.requests
+    assert (sent.prompt, sent.max_output_tokens) == ((1, 2, 3, 70), 4)
+    assert driven.send(report(submit.instance, tokens=(("a", 0, 71),)), kind=Token) == [
+        Token("a", 1, 71, 1)
+    ]
+
+
+def test_with_the_last_instance_of_a_role_its_requests_fail():
+    driven = Driven(SPLIT)
+    driven.send(Arrived(REQUEST))
+    (finished,) = driven.send(Failed(instance="p0", request_id=None, error="x"), kind=Finished)
+    assert finished.detail == "no live instance can prefill model ''"
+    (finished,) = driven.send(Arrived(REQUEST), kind=Finished)
+    assert finished.reason is FinishReason.FAILED
+
+
+def test_an_instance_that_joins_again_serves_again():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    dead = Failed(instance="x0", request_id=None, error="killed")
+    (submit,) = driven.send(dead, Joined("x0"), kind=Submit)
+    assert [request.id for request in submit.requests] == ["a"]
+
+
+def test_kv_for_an_instance_that_died_is_freed_and_the_request_starts_over():
+    driven = Driven(WIDE)
+    submits = driven.send(Arrived(REQUEST), kind=Submit)
+    source = next(s.instance for s in submits if s.requests)
+    for submit in submits:
+        driven.engines[submit.instance].submit(submit.plan, submit.requests)
+    events = driven.engines[source].poll()
+    (exported,) = [event for event in events if isinstance(event, KVExported)]
+    target = exported.handle.target
+    (deliver,) = driven.send(*events, kind=Deliver)
+    assert deliver == Deliver(target, exported.handle)
+    actions = driven.send(Failed(instance=target, request_id=None, error="killed"))
+    assert Discard(exported.handle) in actions
+    assert any(isinstance(a, Submit) and a.requests for a in actions)
+
+
+def test_a_prefill_for_a_decode_instance_that_died_is_called_back():
+    driven = Driven(WIDE)
+    submits = driven.send(Arrived(REQUEST), kind=Submit)
+    source = next(s.instance for s in submits if s.requests)
+    target = next(s.instance for s in submits if s.plan.imports)
+    actions = driven.send(Failed(instance=target, request_id=None, error="killed"))
+    assert Cancel(source, "a") in actions
+    submits = driven.send(Cancelled(instance=source, request_id="a"), kind=Submit)
+    assert [s for s in submits if s.requests]
+    assert not any(s.instance == target for s in submits)
+
+
+def test_a_cancelled_request_ends_when_its_instance_says_so():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    actions = driven.send(CancelRequested("a"))
+    assert actions == [Cancel("x0", "a"), Wait(None)]
+    assert driven.send(CancelRequested("a"), kind=Cancel) == []
+    (finished,) = driven.send(Cancelled(instance="x0", request_id="a"), kind=Finished)
+    assert finished.reason is FinishReason.CANCELLED
+
+
+def test_a_waiting_request_is_cancelled_at_once():
+    class Nobody(DirectPlanner):
+        def plan(self, state, decision):
+            return []
+
+    driven = Driven(planner=Nobody())
+    driven.send(Arrived(REQUEST))
+    (finished,) = driven.send(CancelRequested("a"), kind=Finished)
+    assert finished.reason is FinishReason.CANCELLED
+    assert driven.send(CancelRequested("nobody")) == [Wait(None)]
+
+
+def test_a_planner_that_does_nothing_ends_in_named_failures_once_closed():
+    class Nobody(DirectPlanner):
+        def plan(self, state, decision):
+            return []
+
+    driven = Driven(planner=Nobody())
+    driven.send(Arrived(REQUEST))
+    (finished,) = driven.send(Closed(), kind=Finished)
+    assert finished.reason is FinishReason.FAILED
+    assert finished.detail == "fifo and the planner found no place, and nothing else runs"
+
+
+def test_a_planner_that_turns_in_circles_is_stopped():
+    class Circle(DirectPlanner):
+        def plan(self, state, decision):
+            return [
+                ExecutionPlan(
+                    plan_id=f"{state.round}",
+                    round=state.round,
+                    target_instance_id="x0",
+                    mode="hybrid",
+                    num_steps=0,
+                    max_step_tokens=1,
+                )
+            ]
+
+    driven = Driven(planner=Circle())
+    outputs = driven.play(driven.send(Arrived(REQUEST), Closed()))
+    assert [output.reason for output in outputs] == [FinishReason.FAILED]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "x0"])
+def test_a_plan_for_an_instance_that_is_not_there_is_an_error(target):
+    class Lost(DirectPlanner):
+        def plan(self, state, decision):
+            plan = ExecutionPlan(
+                plan_id="p",
+                round=0,
+                target_instance_id=target,
+                mode="hybrid",
+                num_steps=0,
+                max_step_tokens=1,
+            )
+            return [plan]
+
+    driven = Driven({"x0": "both", "x1": "both"}, planner=Lost())
+    with pytest.raises(LoopError, match=f"plan p: no live instance '{target}'; there are: x1"):
+        driven.send(Failed(instance="x0", request_id=None, error="killed"), Arrived(REQUEST))
+
+
+def test_a_decision_that_does_not_fit_the_state_is_an_error():
+    class Confused:
+        name = "confused"
+
+        def decide(self, state):
+            return Decision.defer(state.waiting).preempt(np.array([3]), "why not")
+
+    with pytest.raises(StateError, match=r"strategy 'confused': preempt_rows\[0\]: 3 is not in"):
+        Driven(strategy=Confused()).send(Arrived(REQUEST))
+
+
+def test_a_strategy_is_asked_again_when_it_wants_to_be():
+    class Later:
+        name = "later"
+
+        def decide(self, state):
+            if state.now_us < 500:
+                decision = Decision.defer(state.waiting, "not yet")
+                return decision.__class__(**{**vars(decision), "again_us": 500})
+            return Decision.admit(state.waiting.rows, state.waiting)
+
+    driven = Driven(strategy=Later())
+    assert driven.send(Arrived(REQUEST), Closed(), kind=Wait) == [Wait(500)]
+    assert driven.send(kind=Submit) == []
+    driven.clock.advance_to(500)
+    assert len(driven.send(kind=Submit)) == 1
+
+
+def test_the_loop_ends_when_it_is_closed_and_all_have_ended():
+    driven = Driven()
+    driven.send(Arrived(REQUEST), Closed())
+    actions = driven.send(report(tokens=(("a", 0, 1),), finished=(("a", FinishReason.STOP),)))
+    assert not any(isinstance(action, Wait) for action in actions)
+    assert driven.send() is None
+
+
+def test_a_plan_done_that_was_superseded_starts_no_round():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    assert driven.send(PlanDone(instance="x0", plan_id="older"), kind=Submit) == []
+
+
+def test_cancelling_while_serving_frees_everything():
+    served = Served()
+    executor = echo_executor(SPLIT, served)
+    outputs = []
+    for output in executor.serve(ASKED, create("fifo"), DirectPlanner()):
+        outputs.append(output)
+        if isinstance(output, Token) and output.index == output.request_id.count("1") * 3:
+            executor.cancel(output.request_id)
+    ends = {o.request_id: o.reason for o in outputs if isinstance(o, Finished)}
+    assert set(ends) == {request.id for request in ASKED}
+    assert set(ends.values()) == {FinishReason.CANCELLED}
+    assert all(engine.kv_blocks_used() == 0 for engine in executor.engines.values())
