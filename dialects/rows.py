@@ -141,6 +141,10 @@ def _verify_values(op: Operation, field: Field, attr: Attribute, ids: Sequence[s
             _verify_codes(op, field, attr, len(field.choices) or 2)
         case WordsAttr():
             _verify_codes(op, field, attr, len(attr.words))
+            if field.required and "" in attr.words and "" in (rows := attr.rows()):
+                raise VerifyException(
+                    f"{op.name}: {quoted(ids[rows.index('')])} lacks '{field.name}': {field.doc}"
+                )
         case ListsAttr() if not attr.is_sound():
             raise VerifyException(
                 f"{op.name}: column '{field.name}' has offsets that do not ascend"

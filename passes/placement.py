@@ -264,7 +264,9 @@ class Loads:
 
     def __init__(self, problem: Problem) -> None:
         self.hops, self.decode_at = problem.sites.hops, problem.decode_at
-        self.prefill_at, self.nearest = problem.sites.prefill_at, problem.sites.nearest
+        self.prefill_at = problem.sites.prefill_at
+        all_decoded = len(self.decode_at) < len(problem.sites.decode_at)
+        self.nearest = problem.sites.nearest if all_decoded else (0.0, 0.0)
         self.prefill_us: list[list[float]] = problem.prefill_us.tolist()
         self.decode_us: list[list[float]] = problem.decode_us.tolist()
         self.kv_us: list[list[float]] = problem.kv_us.tolist()
@@ -316,30 +318,23 @@ class Loads:
         each other: without that, two idle instances would swap KV to share the work of one row.
         Pairs are tried in the order of their load, and no more than can still be the best.
         """
-        time, kv, peak = self.time, self.kv, self.peak_us
-        prefill = [
-            time[i] + us for i, us in zip(self.prefill_at, self.prefill_us[row], strict=True)
-        ]
-        decode_us = self.decode_us[row]
-        decode = [
-            x if (x := time[i] + us) > (y := kv[i] + stay) else y
-            for i, us, stay in zip(self.decode_at, decode_us, self.kv_us[row], strict=True)
-        ]
+        prefill, decode = self._ends(row)
+        decode_us, peak = self.decode_us[row], self.peak_us
         by_decode = _ascending(decode)
-        least = decode[by_decode[0]]
-        floor = least if least > peak else peak
+        least, shortest = decode[by_decode[0]], min(decode_us)
         tokens = self.moved_tokens[row]
         nearest_us = self.nearest[0] + self.nearest[1] * tokens
         best, chosen = inf, None
         for p in _ascending(prefill):
             before, hops = prefill[p], self.hops[p]
             ahead = before + nearest_us
-            if (before if before > floor else floor) + MINOR * (ahead + least) >= best:
+            floor = x if (x := ahead + shortest) > peak else peak
+            if (least if least > floor else floor) + MINOR * (ahead + least) >= best:
                 break
             for d in by_decode:
                 after = decode[d]
-                worst = after if after > peak else peak
-                if (worst if worst > before else before) + MINOR * (ahead + after) >= best:
+                worst = after if after > floor else floor
+                if worst + MINOR * (ahead + after) >= best:
                     break
                 if (hop := hops[d]) is None:
                     continue
@@ -355,6 +350,17 @@ class Loads:
                     best, chosen = score, (p, d)
         assert chosen is not None, "a row without a pair; ask stuck_row first"
         return chosen
+
+    def _ends(self, row: int) -> tuple[list[float], list[float]]:
+        """How long each prefill site and each decode site would be busy with the row too."""
+        time, kv = self.time, self.kv
+        prefill_us, decode_us = self.prefill_us[row], self.decode_us[row]
+        prefill = [time[i] + us for i, us in zip(self.prefill_at, prefill_us, strict=True)]
+        decode = [
+            x if (x := time[i] + us) > (y := kv[i] + stay) else y
+            for i, us, stay in zip(self.decode_at, decode_us, self.kv_us[row], strict=True)
+        ]
+        return prefill, decode
 
 
 _ONLY = (0,)
@@ -404,7 +410,7 @@ def _assignment(loads: Loads, pairs: Sequence[Pair], status: str) -> Assignment:
 # Local search
 
 TRIES = 20_000
-"""Changes that `improve` tries: about a quarter of a second."""
+"""What `improve` may spend: a change of a small cluster is 1, about 15 us."""
 _CRITICAL_ROWS = 64
 
 
@@ -425,6 +431,8 @@ class _Search:
 
     def __init__(self, problem: Problem, pairs: list[Pair], tries: int) -> None:
         self.loads, self.pairs, self.tries = Loads(problem), pairs, tries
+        sites = problem.sites
+        self.price = 1 + (sites.num_instances + sites.num_links) // 16
         for row, pair in enumerate(pairs):
             self.loads.add(row, pair)
         self.objective = self.loads.objective()
@@ -457,7 +465,7 @@ class _Search:
 
     def _better(self, change: dict[int, Pair]) -> bool:
         """Make a change if the objective falls; whether it did."""
-        self.tries -= 1
+        self.tries -= self.price
         if not all(self._allowed(row, pair) for row, pair in change.items()):
             return False
         for row, pair in change.items():
@@ -484,7 +492,7 @@ class _Search:
 
     def _critical(self) -> list[int]:
         """Rows that use the busiest resource, those that use it most first."""
-        self.tries -= 1 + len(self.pairs) // _CRITICAL_ROWS
+        self.tries -= 1 + len(self.pairs) // 16
         peak = self.loads.measured_peak()
         use = {row: us for row in range(len(self.pairs)) if (us := self._use(row, peak)) > 0.0}
         return sorted(use, key=lambda row: -use[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -126,11 +127,10 @@ class _Rows:
         self.prefills = prefills
         tables = [flow.table(op.wave) for op in prefills]
         self.table = flow.joined(tables)
-        ends = np.cumsum([0, *map(len, tables)]).tolist()
-        self.begins = dict(zip(prefills, ends, strict=False))
-        self.on = flow.joined_words(
-            [_pinned(t.place, op.on) for t, op in zip(tables, prefills, strict=True)]
-        )
+        begins = itertools.accumulate(map(len, tables), initial=0)
+        self.begins = dict(zip(prefills, begins, strict=False))
+        places = [_pinned(t.place, op.on) for t, op in zip(tables, prefills, strict=True)]
+        self.on = places[0] if len(places) == 1 else flow.joined_words(places)
         self.decode_on = self.table.decode_place
         self.parts = {op: [*self._parts(op.kv)] for op in decodes}
         self.decoded = np.zeros(len(self.table), np.bool_)
@@ -151,9 +151,9 @@ class _Rows:
                 yield from self._parts(last.operands[op.results.index(value)])
             case pd.DecodeOp() | pd.DecideOp():
                 yield from self._parts(op.operands[0])
-            case pd.PrefillOp() if op in self.begins:
-                rows = np.arange(pd.rows_of(value))
-                yield _Part(value, None, rows, rows + self.begins[op])
+            case pd.PrefillOp():
+                rows, begin = np.arange(pd.rows_of(value)), self.begins[op]
+                yield _Part(value, None, rows, rows + begin if begin else rows)
             case pd.ResidentOp() if isinstance(place := op.properties.get("on"), WordsAttr):
                 yield _Part(value, place, _NO_ROWS, _NO_ROWS)
             case _:
@@ -177,16 +177,20 @@ class _Rows:
 
     def _pin(self, op: pd.DecodeOp, parts: list[_Part]) -> None:
         """Take what the decode, or a transfer before it, says of the place of fresh rows."""
-        begin = 0
+        begin, on = 0, op.on
         for part in parts:
             end = begin + pd.rows_of(part.value)
-            self.decoded[part.of] = True
-            for said in (part.place, op.on and op.on.take(np.arange(begin, end))):
-                if said is not None and part.fresh.size:
-                    fresh = said.take(part.fresh)
-                    pinned = _pinned(self.decode_on.take(part.of), fresh)
-                    self.decode_on = flow.placed(self.decode_on, part.of, pinned)
+            if part.fresh.size:
+                self.decoded[part.of] = True
+                if part.place is not None:
+                    self._take_places(part.of, part.place.take(part.fresh))
+                if on is not None:
+                    self._take_places(part.of, on.take(begin + part.fresh))
             begin = end
+
+    def _take_places(self, of: Ints, said: WordsAttr) -> None:
+        pinned = _pinned(self.decode_on.take(of), said)
+        self.decode_on = flow.placed(self.decode_on, of, pinned)
 
     def write(self, on: WordsAttr, decode_on: WordsAttr) -> None:
         """Set `on` of each op that lacks it, from the places of all rows."""

@@ -7,7 +7,9 @@ rows. The bound holds for the rows themselves in either case.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import time
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -42,15 +44,15 @@ def solve(problem: Problem, time_limit_s: float, gap: float) -> Assignment:
     limit cuts it. Raises PassError where highspy is not installed.
     """
     highspy = _highspy()
+    end_s = time.monotonic() + time_limit_s
     best = improve(problem, greedy(problem))
     if not len(problem):
         return replace(best, gap=0.0, status="within gap")
     classes = _classes(problem)
     model = _Model(problem, classes, best)
-    run = _run(highspy, model, time_limit_s, gap)
-    bound = run.bound_us
-    if not classes.exact:
-        bound = _bound(problem, model, _run(highspy, model, time_limit_s, gap, relaxed=True))
+    relaxed = None if classes.exact else _run(highspy, model, end_s, gap, relaxed=True)
+    run = _run(highspy, model, end_s, gap)
+    bound = run.bound_us if relaxed is None else _bound(problem, model, relaxed)
     if run.values is not None:
         found = measured(problem, _dealt(problem, classes, model, run.values), "improved")
         found = improve(problem, found)
@@ -201,6 +203,7 @@ class _Model:
         loads = np.concatenate([problem.load_us, problem.kv_load_us, zeros]) / self.unit_us
         return np.concatenate([self.classes.rows, -loads])
 
+    @functools.cached_property
     def matrix(self) -> tuple[Ints, Ints, Floats]:
         """The coefficients by column: where each begins, row indices, values."""
         entries = [*self._site_entries(), *self._link_entries()]
@@ -289,14 +292,15 @@ class _Run:
 
 
 def _run(
-    highspy: ModuleType, model: _Model, time_limit_s: float, gap: float, relaxed: bool = False
+    highspy: ModuleType, model: _Model, end_s: float, gap: float, relaxed: bool = False
 ) -> _Run:
+    """Run HiGHS on the model, or on its relaxation to fractions, until `end_s` of the clock."""
     solver = highspy.Highs()
     for name, value in {
         "output_flag": False,
         "threads": 1,
         "random_seed": 1,
-        "time_limit": float(time_limit_s),
+        "time_limit": max(0.0, end_s - time.monotonic()),
         "mip_rel_gap": float(gap),
     }.items():
         solver.setOptionValue(name, value)
@@ -329,7 +333,7 @@ def _program(highspy: ModuleType, model: _Model, relaxed: bool) -> object:
     program.col_lower_ = np.zeros(model.num_columns)
     program.col_upper_ = np.concatenate([[infinite, infinite], counts])
     program.row_lower_, program.row_upper_ = lower, model.upper
-    begins, rows, values = model.matrix()
+    begins, rows, values = model.matrix
     program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     program.a_matrix_.start_ = begins
     program.a_matrix_.index_ = rows
@@ -342,7 +346,7 @@ def _program(highspy: ModuleType, model: _Model, relaxed: bool) -> object:
 
 def _start(model: _Model) -> Floats:
     """The start's values: its counts, with the T and Q that they need."""
-    begins, rows, values = model.matrix()
+    begins, rows, values = model.matrix
     columns = np.concatenate([[0.0, 0.0], model.start])
     weights = values * np.repeat(columns, np.diff(begins))
     loads = np.bincount(rows, weights=weights, minlength=model.num_rows) - model.upper

@@ -117,8 +117,12 @@ def _place(op: Operation, on: WordsAttr | None) -> WordsAttr:
 
 def _check_names(ops: list[pd.PrefillOp | pd.DecodeOp], topology: Topology) -> None:
     for op in ops:
-        for name in op.on.words if op.on is not None else ():
-            topology.instance(name, op)
+        if op.on is None:
+            continue
+        for code, name in enumerate(op.on.words):
+            # A column may have words that no row uses.
+            if name not in topology.by_name and (op.on.codes == code).any():
+                topology.instance(name, op)
 
 
 def _joined_lists(lists: list[ListsAttr]) -> ListsAttr:

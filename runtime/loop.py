@@ -232,7 +232,7 @@ class Loop:
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
         self._plans: list[ExecutionPlan | None] = [None] * len(self.instances)
-        self._table = RequestTable()
+        self._table = RequestTable(room_tokens=[_room_tokens(i) for i in self.instances])
         self._serving: dict[str, _Serving] = {}
         self._actions: list[Action] = []
         self._round = self._futile_rounds = 0
@@ -611,20 +611,21 @@ class Loop:
         request = serving.request
         limit = request.max_output_tokens
         if limit is None:
-            limit = self._room_tokens(str(self._table.model[serving.row])) - len(request.prompt)
+            limit = self._limit_tokens(str(self._table.model[serving.row]), len(request.prompt))
         return msgspec.structs.replace(
             request,
             prompt=(*request.prompt, *serving.output),
             max_output_tokens=max(1, limit - len(serving.output)),
         )
 
-    def _room_tokens(self, model: str) -> int:
-        """Tokens of the longest context that an instance of this model holds."""
-        return max(
-            min(i.capability.max_context_tokens, i.capability.kv_blocks * i.capability.block_tokens)
-            for i in self.instances
-            if i.model == model
-        )
+    def _limit_tokens(self, model: str, prompt_tokens: int) -> int:
+        """Output that any instance of the model can hold after a prompt of this length.
+
+        The smallest that holds the prompt counts, so that an answer does not depend on its place.
+        """
+        decodes = [i for i in self.instances if i.model == model and i.role != "prefill"]
+        rooms = [_room_tokens(instance) for instance in decodes]
+        return min((room for room in rooms if room > prompt_tokens), default=1) - prompt_tokens
 
     # Ends that nobody else would see.
 
@@ -657,3 +658,9 @@ class Loop:
         for serving in list(self._serving.values()):
             detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
             self._finish(serving, FinishReason.FAILED, detail)
+
+
+def _room_tokens(instance: Instance) -> int:
+    """Tokens of the longest context that an instance holds."""
+    capability = instance.capability
+    return min(capability.max_context_tokens, capability.kv_blocks * capability.block_tokens)

@@ -128,7 +128,8 @@ class Running(_Asked):
     instance: index into `State.instances` where the request is, or is going while arriving.
     prompt_tokens: tokens before the first one sampled since it was admitted; a prefill that is
     not done has computed_tokens < prompt_tokens. computed_tokens: tokens whose KV is there.
-    remaining_tokens: still to generate, or UNBOUNDED. decode_on: where it will decode.
+    remaining_tokens: how many may still be generated; where the client set no limit, as many as
+    the instance holds. decode_on: where it will decode.
     """
 
     instance: Ints
@@ -313,7 +314,9 @@ class RequestTable:
     Columns mean what they mean in `Waiting` and `Running`; sequence is the order of coming.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 64, room_tokens: Sequence[int] = (UNBOUNDED,)) -> None:
+        """room_tokens: of each instance, the longest context that it holds."""
+        self._room_tokens = np.array(room_tokens, np.int64)
         self.phase = np.zeros(capacity, np.int8)
         self.sequence = np.zeros(capacity, np.int64)
         self.ids, self.model, self.tenant = (np.full(capacity, "", object) for _ in range(3))
@@ -401,7 +404,15 @@ class RequestTable:
         if self._running is None:
             rows = self._rows(RUNNING)
             columns = _ASKED + _NAMED + _PLACED + ("decode_on",)
-            self._running = Running(**{name: self._view(name, rows) for name in columns})
+            views = {name: self._view(name, rows) for name in columns}
+            held = np.where(
+                views["computed_tokens"] < views["prompt_tokens"],
+                views["prompt_tokens"],
+                views["computed_tokens"] + 1,
+            )
+            room = self._room_tokens[views["decode_on"]] - held
+            views["remaining_tokens"] = np.minimum(views["remaining_tokens"], room)
+            self._running = Running(**views)
         return self._running
 
     def kv_blocks_used(self, block_tokens: Ints) -> Ints:
@@ -435,6 +446,6 @@ class RequestTable:
     def _grow(self) -> None:
         capacity = len(self.phase)
         for name, column in vars(self).items():
-            if isinstance(column, np.ndarray):
+            if isinstance(column, np.ndarray) and name != "_room_tokens":
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         self._free = list(range(capacity, 2 * capacity))[::-1]

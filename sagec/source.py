@@ -11,8 +11,15 @@ import functools
 from typing import NoReturn
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import FileLineColLoc, IntAttr, ModuleOp, StringAttr, UnknownLoc
-from xdsl.ir import Operation, SSAValue
+from xdsl.dialects.builtin import (
+    FileLineColLoc,
+    IntAttr,
+    LocationAttr,
+    ModuleOp,
+    StringAttr,
+    UnknownLoc,
+)
+from xdsl.ir import Operation, Region, SSAValue
 from xdsl.ir.core import AttributeInvT
 from xdsl.parser import Parser, UnresolvedOperand
 from xdsl.traits import IsolatedFromAbove
@@ -21,6 +28,7 @@ from xdsl.utils.exceptions import (
     ParseError,
     PyRDLError,
     UnregisteredConstructException,
+    VerifyException,
 )
 from xdsl.utils.lexer import Input, Span
 from xdsl.utils.mlir_lexer import MLIRTokenKind, StringLiteral
@@ -70,6 +78,8 @@ class SourceParser(Parser):
         if isinstance(op.location, UnknownLoc):
             line, column = self._source.position(at)
             op.location = FileLineColLoc(self._file, _int_attr(line), _int_attr(column))
+            for region in op.regions:
+                _place_ends(region, op.location)
         if self.forward_ssa_references and op.has_trait(IsolatedFromAbove):
             self._refuse_undefined(at)
         return op
@@ -121,6 +131,13 @@ class SourceParser(Parser):
             self.raise_error(f"nothing here defines {inside[0].text}{hint}", inside[0])
 
 
+def _place_ends(region: Region, location: LocationAttr) -> None:
+    """An end that the text leaves out stands where the op around it does."""
+    for block in region.blocks:
+        if block.last_op is not None and isinstance(block.last_op.location, UnknownLoc):
+            block.last_op.location = location
+
+
 def parse_module(text: str, name: str, context: Context) -> ModuleOp:
     """The module of a text; each op's location is its place in the file `name`.
 
@@ -152,6 +169,7 @@ def verify_module(module: ModuleOp, text: str | None = None) -> None:
 
     text: what the module was parsed from, to show the line. Raises Diagnostic.
     """
+    _refuse_second_symbol(module, text)
     for op in module.walk():
         try:
             op.verify(verify_nested_ops=False)
@@ -162,6 +180,18 @@ def verify_module(module: ModuleOp, text: str | None = None) -> None:
         module.verify()
     except DiagnosticException as error:
         raise diagnostic_of(error, None, text) from error
+
+
+def _refuse_second_symbol(module: ModuleOp, text: str | None) -> None:
+    first: dict[str, Operation] = {}
+    for op in module.ops:
+        name = op.get_attr_or_prop("sym_name")
+        if not isinstance(name, StringAttr):
+            continue
+        if (other := first.setdefault(name.data, op)) is not op:
+            where = diagnostic_of(VerifyException(""), other).place or other.name
+            error = VerifyException(f'"{name.data}" is defined twice; the first is {where}')
+            raise diagnostic_of(error, op, text)
 
 
 def diagnostic_of(

@@ -12,15 +12,24 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from sagec.dialects import cluster, kv, pd
-from sagec.dialects.columns import ColumnAttr, ListsAttr, NamesAttr, WordsAttr
-from sagec.dialects.rows import READABLE_ROWS, Field, Fields, Kind
-from sagec.dialects.scalars import Scalar, Scalars
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, SymbolRefAttr, i64
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 
+from sagec.dialects import cluster, kv, pd
+from sagec.dialects.columns import ColumnAttr, ListsAttr, NamesAttr, WordsAttr
+from sagec.dialects.rows import READABLE_ROWS, Field, Fields, Kind
+from sagec.dialects.scalars import Scalar, Scalars, properties_of
+
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 Draw = st.DrawFn
+
+
+class ShownModule(ModuleOp):
+    """A module that a failed example shows as text."""
+
+    def __repr__(self) -> str:
+        return f"parse_module({str(self)!r})"
+
 
 # Words
 
@@ -55,7 +64,7 @@ def any_column(draw: Draw, field: Field, rows: int) -> Attribute:
     """A column of `rows` values that the field's verifier takes."""
     if rows > READABLE_ROWS:
         return _long_column(field, rows, draw(st.integers(0, 9)))
-    size = dict(min_size=rows, max_size=rows)
+    size = {"min_size": rows, "max_size": rows}
     match field.kind:
         case Kind.INT:
             return ColumnAttr.of(draw(st.lists(int64s(field.least), **size)))
@@ -67,7 +76,8 @@ def any_column(draw: Draw, field: Field, rows: int) -> Attribute:
         case Kind.LIST:
             return ListsAttr.of(draw(st.lists(st.lists(int64s(), max_size=3), **size)))
         case _:
-            words = draw(st.lists(any_text, min_size=1, max_size=4, unique=True))
+            word = any_name if field.required else any_text
+            words = draw(st.lists(word, min_size=1, max_size=4, unique=True))
             codes = st.integers(0, len(words) - 1)
             return WordsAttr.of(words, draw(st.lists(codes, **size)))
 
@@ -86,7 +96,8 @@ def _long_column(field: Field, rows: int, seed: int) -> Attribute:
             offsets = np.concatenate([[0], np.cumsum(lengths)])
             return ListsAttr.from_offsets(offsets, random.integers(-9, 9, int(offsets[-1])))
         case _:
-            return WordsAttr.of(("", "p0", "é"), random.integers(0, 3, rows))
+            words = ("p0", "é", "d0" if field.required else "")
+            return WordsAttr.of(words, random.integers(0, 3, rows))
 
 
 @st.composite
@@ -289,8 +300,6 @@ def any_phase(draw: Draw, values: Sequence[SSAValue]) -> pd.PhaseOp:
 
 
 def _graph(name: str, ops: Sequence[Operation], scalars: dict[str, Any]) -> pd.GraphOp:
-    from sagec.dialects.scalars import properties_of
-
     properties: dict[str, Attribute] = {"sym_name": StringAttr(name)}
     properties |= properties_of(scalars, pd.GraphOp.SCALARS)
     return pd.GraphOp.create(properties=properties, regions=[Region(Block(ops))])
@@ -302,7 +311,7 @@ def any_modules(draw: Draw) -> ModuleOp:
     ops = draw(any_cluster_ops())
     taken = {op.properties.get("sym_name") for op in ops}
     graph = draw(any_name.filter(lambda name: StringAttr(name) not in taken))
-    return ModuleOp([*ops, draw(any_graphs(graph))])
+    return ShownModule([*ops, draw(any_graphs(graph))])
 
 
 # What a person would write
@@ -449,4 +458,4 @@ def serving_modules(
     """A cluster and one graph that it can serve; see `clusters` and `graphs`."""
     ops = draw(clusters(max_instances, tight))
     instances = [op for op in ops if isinstance(op, cluster.InstanceOp)]
-    return ModuleOp([*ops, draw(graphs(instances, "round", max_requests, shuffled))])
+    return ShownModule([*ops, draw(graphs(instances, "round", max_requests, shuffled))])

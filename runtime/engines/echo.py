@@ -293,7 +293,9 @@ class Echo:
                 progress.step = step + 1
                 self._compute(progress, chunks, decodes)
                 return
-        here = self._rows.keys() | self._departed.keys()
+        now_us = self._clock.now_us()
+        arrived = {n for n, h in self._handles.items() if self._arrival_us(h) <= now_us}
+        here = self._rows.keys() | self._departed.keys() | arrived
         awaited = {request_id for request_id, _, _ in progress.decodes if request_id not in here}
         if progress.step == progress.plan.num_steps or awaited.isdisjoint(progress.imports):
             self._end_plan(progress)

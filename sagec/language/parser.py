@@ -352,25 +352,25 @@ class Pair(NamedTuple):
 
 def pairs_of(text: str) -> Iterator[Pair]:
     """The word `request` with the id, and then each setting with its value."""
-    at = 0
-    while match := PAIR.match(text, at):
+    for match in PAIR.finditer(text):
         key, value, stray = match.group("key", "value", "stray")
         if stray is not None:
             yield Pair(match.start("stray"), None, match.start("stray"), stray)
         else:
             yield Pair(match.start("key"), key, match.start("value"), value)
-        at = match.end()
 
 
-def settings_in(source: Source, request: Request) -> dict[str, Value]:
-    """Where the settings of a request stand; of one that repeats, the last."""
-    text = source.text[request.begin : request.end]
-    places = {}
-    for pair in pairs_of(text):
-        if pair.key is not None and pair.value is not None:
-            begin = request.begin + pair.value_at
-            places[pair.key] = Value(pair.value, begin, begin + len(pair.value))
-    return places
+def said_in(source: Source, request: Request) -> list[tuple[str, Value]]:
+    """The settings of a request as they are written, and where; "request" is its id."""
+    text, begin = source.text[request.begin : request.end], request.begin
+    return [
+        (
+            pair.key,
+            Value(pair.value, begin + pair.value_at, begin + pair.value_at + len(pair.value)),
+        )
+        for pair in pairs_of(text)
+        if pair.key is not None and pair.value is not None
+    ]
 
 
 def _word(token: Any) -> Word:

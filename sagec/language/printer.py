@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sagec.language import syntax
-from sagec.language.parser import settings_in
+from sagec.language.parser import said_in
 from sagec.language.syntax import Program
 from sagec.language.text import TOKEN
 
@@ -191,7 +191,8 @@ def _value_begins(program: Program) -> Iterator[int]:
         groups.append(program.serve.settings.values())
         for entry in program.serve.entries:
             if isinstance(entry, syntax.Request):
-                groups.append(settings_in(program.source, entry).values())
+                said = said_in(program.source, entry)
+                groups.append([value for name, value in said if name != "request"])
             else:
                 groups.append(entry.settings.values())
     return (value.begin for group in groups for value in group)

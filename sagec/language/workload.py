@@ -15,7 +15,7 @@ import numpy as np
 from sagec.diagnostics import Diagnostic, combined, there_are
 from sagec.dialects.columns import Ints
 from sagec.language import settings, syntax
-from sagec.language.parser import settings_in
+from sagec.language.parser import said_in
 from sagec.language.resolution import Instance, Model, Scene
 from sagec.language.settings import AT_END_OF_TEXT
 from sagec.language.syntax import Plain, Program, Settings
@@ -178,7 +178,7 @@ class _Loader:
     def error_at(self, row: Row, name: str, message: str, hint: str = "") -> Diagnostic:
         statement, source = row.statement, self.program.source
         own = (
-            settings_in(source, statement)
+            dict(said_in(source, statement))
             if isinstance(statement, syntax.Request)
             else {"tokens": statement.path} | statement.settings
         )
@@ -245,16 +245,15 @@ class _Loader:
             seen.add(row.id)
 
     def error_id(self, row: Row) -> None:
-        source, begin = self.program.source, row.statement.begin
+        source = self.program.source
         hint = "ids are unique"
         if isinstance(row.statement, syntax.Replay):
             path = row.statement.path
             message = f"a second request '{row.id}', which the trace is replayed as"
             self.errors.append(source.error(path.begin, path.end, message, hint))
             return
-        at = source.text.index('"', begin)
-        end = at + len(row.id) + 2
-        self.errors.append(source.error(at, end, f"a second request '{row.id}'", hint))
+        at = dict(said_in(source, row.statement))["request"]
+        self.errors.append(source.error(at.begin, at.end, f"a second request '{row.id}'", hint))
 
     def models(self, rows: list[Row]) -> list[str]:
         """The model that each row asks for; "" where that is an error."""

@@ -1,13 +1,23 @@
 """The serving loop on echo engines, in one process and on a virtual clock."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagec.runtime.clock import VirtualClock
-from sagec.runtime.engines import Cancelled, Failed, KVExported, PlanDone, StepReport
+from sagec.runtime.engines import (
+    Cancelled,
+    EngineError,
+    Failed,
+    KVExported,
+    KVImported,
+    PlanDone,
+    StepReport,
+)
 from sagec.runtime.engines.echo import Echo
+from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import (
     Arrived,
     Cancel,
@@ -455,6 +465,134 @@ def test_a_plan_done_that_was_superseded_starts_no_round():
     driven = Driven()
     driven.send(Arrived(REQUEST))
     assert driven.send(PlanDone(instance="x0", plan_id="older"), kind=Submit) == []
+
+
+def exported(driven, roles=SPLIT):
+    """Play a prefill up to its export: what the source said, and the submits before."""
+    submits = driven.send(Arrived(REQUEST), kind=Submit)
+    for submit in submits:
+        driven.engines[submit.instance].submit(submit.plan, submit.requests)
+    source = next(s.instance for s in submits if s.requests)
+    events = driven.engines[source].poll()
+    (event,) = [event for event in events if isinstance(event, KVExported)]
+    return source, event, [e for e in events if e is not event]
+
+
+def test_kv_that_left_while_its_request_was_cancelled_is_freed():
+    driven = Driven(SPLIT)
+    source, event, before = exported(driven)
+    driven.send(CancelRequested("a"))
+    driven.send(*before)
+    assert driven.send(event, kind=Discard) == [Discard(event.handle)]
+    (finished,) = driven.send(Cancelled(instance=source, request_id="a"), kind=Finished)
+    assert finished.reason is FinishReason.CANCELLED
+
+
+def test_kv_of_a_request_that_has_ended_is_freed():
+    driven = Driven(SPLIT)
+    source, event, before = exported(driven)
+    driven.send(*before)
+    driven.send(report(source, finished=(("a", FinishReason.STOP),)))
+    assert driven.send(event, kind=Discard) == [Discard(event.handle)]
+    arrived = KVImported(
+        instance="d0", request_id="a", source=source, num_bytes=1, begin_us=0, end_us=1
+    )
+    assert driven.send(arrived) == [Wait(None)]
+
+
+def test_kv_that_was_sent_to_an_instance_that_died_is_computed_again():
+    driven = Driven(WIDE)
+    _, event, before = exported(driven)
+    (token,) = driven.send(*before, kind=Token)
+    dead = Failed(instance=event.handle.target, request_id=None, error="killed")
+    actions = driven.send(event, dead)
+    assert Discard(event.handle) in actions
+    (sent,) = [r for a in actions if isinstance(a, Submit) for r in a.requests]
+    assert sent.prompt == (*REQUEST.prompt, token.token)
+
+
+def test_kv_that_goes_to_an_instance_that_is_dead_already_is_computed_again():
+    driven = Driven(WIDE)
+    _, event, before = exported(driven)
+    driven.send(*before)
+    other = "d1" if event.handle.target == "d0" else "d0"
+    driven.send(Failed(instance=other, request_id=None, error="killed"))
+    elsewhere = msgspec.structs.replace(event.handle, target=other)
+    actions = driven.send(KVExported(handle=elsewhere, end_us=0))
+    assert Discard(elsewhere) in actions
+    (sent,) = [r for a in actions if isinstance(a, Submit) for r in a.requests]
+    assert len(sent.prompt) == len(REQUEST.prompt) + 1
+
+
+def test_a_failure_of_a_request_that_waits_or_has_ended_changes_nothing():
+    driven = Driven(WIDE)
+    (submit, *_) = driven.send(Arrived(REQUEST), kind=Submit)
+    other = "p1" if submit.instance == "p0" else "p0"
+    for name in ("a", "nobody"):
+        assert driven.send(Failed(instance=other, request_id=name, error="late")) == [Wait(None)]
+    assert driven.send(report(submit.instance, tokens=(("a", 0, 7),)), kind=Token) != []
+
+
+def test_a_stranger_to_the_loop_among_a_plans_rows_is_passed_over():
+    class Haunted(DirectPlanner):
+        def plan(self, state, decision):
+            plans = super().plan(state, decision)
+            ghost = Request(id="ghost", prompt=(1,))
+            return [msgspec.structs.replace(p, request_ids=(ghost.id,)) for p in plans]
+
+    driven = Driven(planner=Haunted())
+    (submit,) = driven.send(Arrived(REQUEST), kind=Submit)
+    assert submit.requests == ()
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_whatever_fails_or_is_cancelled_no_token_is_wrong_and_nothing_is_left(data):
+    roles = data.draw(
+        st.sampled_from([WIDE, {**SPLIT, "x0": "both"}, {"x0": "both", "x1": "both"}])
+    )
+    asked = requests(data.draw(st.integers(1, 10)), every_us=data.draw(st.integers(0, 3000)))
+    lives = {name: data.draw(st.integers(1, 60), label=name) for name in roles}
+    cancelled = data.draw(st.sets(st.sampled_from([request.id for request in asked])))
+    when = data.draw(st.integers(0, 25))
+    served, made = Served(), []
+    kv_blocks = data.draw(st.integers(10, 30))
+
+    class Mortal(Echo):
+        def poll(self, timeout_s=0.0):
+            events = super().poll(timeout_s)
+            if not made.count(self.name):
+                lives[self.name] -= sum(isinstance(event, StepReport) for event in events)
+            if lives[self.name] < 0 and not made.count(self.name):
+                raise EngineError("the power went out")
+            return events
+
+    def make(name):
+        engine = Mortal(spec(name, kv_blocks, step_us="1000", bytes_per_s="9999999"), served.clock)
+        engine.name = name
+        return engine
+
+    def restart(name):
+        made.append(name)
+        return make(name)
+
+    engines = {name: make(name) for name in roles}
+    api = ExecutorAPI(
+        engines, members(engines, roles), served.clock, [served.events.append], restart
+    )
+    for count, output in enumerate(api.serve(asked, create("fifo"), DirectPlanner(), served.hear)):
+        served.take([output])
+        if count == when:
+            for name in cancelled:
+                api.cancel(name)
+    expected = serve(ONE, asked, kv_blocks=400).tokens
+    assert set(served.ends) == set(expected)
+    for name, end in served.ends.items():
+        tokens = served.tokens.get(name, [])
+        assert tokens == expected[name][: len(tokens)]
+        assert (end.reason is FinishReason.LENGTH) == (len(tokens) == 20)
+        assert end.reason is FinishReason.LENGTH or name in cancelled
+    assert all(engine.kv_blocks_used() == 0 for engine in api.engines.values())
 
 
 def test_cancelling_while_serving_frees_everything():

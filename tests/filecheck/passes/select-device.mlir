@@ -253,6 +253,16 @@ pd.graph @same_blocks {
   pd.yield %end
 }
 
+// Where there is none, another shape will do here; whether the engines can, legalize says.
+// CHECK-LABEL: pd.graph @other_blocks
+// CHECK: pd.decode %{{.*}} on @d0
+pd.graph @other_blocks {
+  %new = pd.requests ["a": prompt 64 generate 8 decode_on @d0, "b": prompt 64 generate 7000]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
 // -----
 
 // In rank order the long request comes last and doubles the work of one instance; moves and swaps

@@ -143,7 +143,8 @@ cluster.instance @p0 on [@g0] engine torch role both model @m {kv_blocks = 1}
 // -----
 
 // Symbols are defined once.
-// CHECK: error: Redefinition of symbol "g0"
+// CHECK: error: "g0" is defined twice
+// CHECK: the first is {{.*}}cluster/invalid.mlir:{{[0-9]+}}:1
 cluster.device @g0
 cluster.switch @g0
 

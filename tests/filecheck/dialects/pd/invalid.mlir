@@ -300,6 +300,11 @@ pd.leave {ids = #pd.names<"a">, verdict = #pd.column<7>}
 
 // -----
 
+// CHECK: error: pd.resident: "b" lacks 'on': instance that holds its KV
+%r = pd.resident {ids = #pd.names<"a", "b">, context = #pd.column<1, 1>, on = #pd.words<"d0", "" : 0, 1>}
+
+// -----
+
 // Attributes.
 // CHECK: error: a code of 0 to 2
 // CHECK: there are 2 words, codes are in [0, 2)

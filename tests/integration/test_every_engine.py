@@ -1,0 +1,132 @@
+"""What holds for every engine: the same file gives the same tokens, however it is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagec.cli import main
+from sagec.compiler import Compiler
+from sagec.runtime.engines import known
+
+MODEL = """\
+cluster.model @m {{layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112,
+                  vocab = 97, dtype = "f32", max_context = 256, path = "{path}"}}
+cluster.device @c0 {{kind = "cpu"}}
+cluster.device @c1 {{kind = "cpu"}}
+cluster.link @c0 to @c1
+"""
+
+ONE = 'cluster.instance @i0 on [@c0] engine "{engine}" role both model @m {{{room}}}\n'
+PAIR = (
+    'cluster.instance @p0 on [@c0] engine "{engine}" role prefill model @m {{{room}}}\n'
+    'cluster.instance @d0 on [@c1] engine "{engine}" role decode model @m {{{room}}}\n'
+)
+MIXED = (
+    'cluster.instance @i0 on [@c0] engine "{engine}" role both model @m {{{room}}}\n'
+    'cluster.instance @d0 on [@c1] engine "{engine}" role decode model @m {{{room}}}\n'
+)
+
+GRAPH = """\
+pd.graph @serve {{policy = "fifo", mode = "{mode}", horizon = {horizon}}} {{
+  %new = pd.requests [
+    "a": prompt 33 generate 9,
+    "b": prompt 5 generate 14,
+    "c": prompt 61 generate 1,
+    "d": prompt 17 generate 12 priority 1,
+    "e": prompt 48 generate 7,
+    "f": prompt 2 generate 20
+  ]
+  %kv = pd.prefill %new {chunk} : !pd.kv<6>
+  %end = pd.decode %kv : !pd.kv<6>
+  pd.yield %end : !pd.kv<6>
+}}
+"""
+
+WIDE = "kv_blocks = 64, block_tokens = 16, max_step_tokens = 64"
+NARROW = "kv_blocks = 7, block_tokens = 16, max_step_tokens = 24, max_batch = 3"
+
+ALONE = ["--one-process"]
+
+SERVINGS = {
+    "hybrid": (ONE, WIDE, "hybrid", "", []),
+    "hybrid in small chunks": (ONE, WIDE, "hybrid", "chunk 7", ALONE),
+    "time-share": (ONE, WIDE, "time-share", "chunk 16", ALONE),
+    "hybrid with little KV": (ONE, NARROW, "hybrid", "chunk 9", ALONE),
+    "a pair": (PAIR, WIDE, "strict", "", []),
+    "a pair in one process": (PAIR, WIDE, "strict", "chunk 11", ALONE),
+    "a pair with little KV": (PAIR, NARROW, "strict", "chunk 5", ALONE),
+    "both and decode": (MIXED, WIDE, "hybrid", "chunk 20", ALONE),
+    "hybrid over short horizons": (ONE, WIDE, "hybrid", "chunk 13", [*ALONE, "--horizon", "2"]),
+}
+
+
+def module_of(engine: str, path: str, serving: str) -> tuple[str, list[str]]:
+    cluster, room, mode, chunk, flags = SERVINGS[serving]
+    text = MODEL.format(path=path) + cluster.format(engine=engine, room=room)
+    return text + GRAPH.format(mode=mode, chunk=chunk, horizon=8), flags
+
+
+def path_of(engine: str) -> str:
+    """A checkpoint for the engines that load one."""
+    if engine != "torch":
+        return ""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.checkpoints import checkpoint
+
+    return str(checkpoint("llama"))
+
+
+def served(
+    engine: str, serving: str, tmp_path: Path, captured: pytest.CaptureFixture[str]
+) -> dict[str, list[int]]:
+    """The tokens of each request."""
+    text, flags = module_of(engine, path_of(engine), serving)
+    file = tmp_path / "serve.mlir"
+    file.write_text(text, encoding="utf-8")
+    captured.readouterr()
+    code = main(["run", str(file), "--json", *flags])
+    out, err = captured.readouterr()
+    assert (code, err) == (0, ""), out
+    result: dict[str, Any] = json.loads(out)
+    return {row["request"]: row["tokens"] for row in result["requests"]}
+
+
+@pytest.mark.parametrize("serving", SERVINGS)
+@pytest.mark.parametrize("engine", [name for name in known() if name != "torch"])
+def test_how_requests_are_served_changes_no_token(
+    engine: str, serving: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = served(engine, "hybrid", tmp_path, capsys)
+    assert {name: len(tokens) for name, tokens in alone.items()} == {
+        "a": 9, "b": 14, "c": 1, "d": 12, "e": 7, "f": 20
+    }  # fmt: skip
+    assert served(engine, serving, tmp_path, capsys) == alone
+
+
+@pytest.mark.parametrize("serving", SERVINGS)
+def test_the_torch_engine_gives_the_tokens_of_transformers(
+    serving: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = served("torch", serving, tmp_path, capsys)
+    text, _ = module_of("torch", path_of("torch"), serving)
+    for request in Compiler().parse(text, "serve.mlir").requests():
+        limit = request.max_output_tokens
+        assert tokens[request.id] == generated(request.prompt, limit), request.id
+
+
+def generated(prompt: tuple[int, ...], limit: int | None) -> list[int]:
+    """What transformers generates greedily."""
+    import torch
+    from tests.checkpoints import reference
+
+    ids = torch.tensor([prompt])
+    output = reference("llama").generate(
+        ids, max_new_tokens=limit, do_sample=False, attention_mask=torch.ones_like(ids)
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
