@@ -217,6 +217,9 @@ def markdown(where: dict[str, Any], results: Sequence[Result]) -> str:
         "",
         ", ".join(f"{name} {value}" for name, value in where.items()) + ".",
         "",
+        "Same tokens: in bfloat16 the two round differently, and with random weights a choice that "
+        "rounding tips changes all that follow.",
+        "",
         "| dtype | batch | sagec tokens/s | transformers tokens/s | ratio | least ratio |"
         " first token ms | same tokens |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

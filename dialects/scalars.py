@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -60,11 +61,17 @@ def attr_of(value: Value) -> Attribute:
     """The builtin attribute of a Python value."""
     match value:
         case int():
-            return IntegerAttr(int(value), i64)
+            return int_attr(value)
         case float():
             return FloatAttr(value, f64)
         case str():
             return StringAttr(value)
+
+
+@functools.lru_cache(4096)
+def int_attr(value: int) -> IntegerAttr:
+    """The i64 of a number; those that return every round are made once."""
+    return IntegerAttr(int(value), i64)
 
 
 def value_of(attr: Attribute) -> Value | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from xdsl.context import Context
@@ -17,7 +18,7 @@ from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr
 from sagec.dialects.scalars import value_of
 from sagec.passes.errors import PassError
-from sagec.passes.flow import graphs, ops_in
+from sagec.passes.flow import graphs, ops_in, zeros
 from sagec.passes.topology import Instance, Topology, topology_of
 from sagec.runtime import plan as p
 from sagec.runtime.plan_text import to_text
@@ -34,14 +35,17 @@ def plans_of(module: ModuleOp) -> list[p.ExecutionPlan]:
 
 def _graph_plans(graph: pd.GraphOp, topology: Topology) -> list[p.ExecutionPlan]:
     ops = ops_in(graph)
-    steps = [op for op in ops if isinstance(op, pd.StepsOp)]
-    if not steps and any(isinstance(op, pd.PrefillOp | pd.DecodeOp) for op in ops):
+    steps = [op for op in ops if type(op) is pd.StepsOp]
+    if not steps and any(type(op) in _WORK and pd.rows_of(op.results[0]) for op in ops):
         raise PassError(f"pd.graph @{graph.symbol} has no pd.steps; run fuse-steps first", graph)
     digest = digest_of(ops)
     extras = _Extras(ops)
     return [
         _plan(graph, op, topology.instance(op.instance_name, op), extras, digest) for op in steps
     ]
+
+
+_WORK = {pd.PrefillOp, pd.DecodeOp}
 
 
 class _Extras:
@@ -52,12 +56,13 @@ class _Extras:
         self.evicts: list[kv.EvictOp] = []
         self.migrates: list[kv.MigrateOp] = []
         for op in ops:
-            if isinstance(op, pd.PreemptOp):
-                self.preempts.append(op)
-            elif isinstance(op, kv.EvictOp):
-                self.evicts.append(op)
-            elif isinstance(op, kv.MigrateOp):
-                self.migrates.append(op)
+            kind = type(op)
+            if kind is pd.PreemptOp:
+                self.preempts.append(op)  # type: ignore[arg-type]
+            elif kind is kv.EvictOp:
+                self.evicts.append(op)  # type: ignore[arg-type]
+            elif kind is kv.MigrateOp:
+                self.migrates.append(op)  # type: ignore[arg-type]
 
     def preempted(self, instance: str) -> tuple[list[str], list[int]]:
         """Ids of the rows that leave the instance, and how."""
@@ -73,12 +78,12 @@ class _Extras:
 
     def evictions(self, instance: str) -> p.Evictions:
         hashes = [op.hashes.array for op in self.evicts if _names(op.instance) == instance]
-        return p.Evictions(block_hash=np.concatenate(hashes)) if hashes else p.Evictions()
+        return p.Evictions(block_hash=np.concatenate(hashes)) if hashes else _NO_EVICTIONS
 
     def migrations(self, instance: str) -> p.Migrations:
         ops = [op for op in self.migrates if _names(op.instance) == instance]
         if not ops:
-            return p.Migrations()
+            return _NO_MIGRATIONS
         counts = [len(op.hashes) for op in ops]
         return p.Migrations(
             block_hash=np.concatenate([op.hashes.array for op in ops]),
@@ -96,13 +101,8 @@ def _plan(
 ) -> p.ExecutionPlan:
     gone, how = extras.preempted(instance.name)
     names = (*steps.names, *gone) if gone else steps.names
-    step, row, begin, end = steps.chunks
-    prompt = steps.column("prompt")
-    until = steps.column("until")
-    decoding = np.flatnonzero(until)
+    prompt, until, cached = (_column(steps, name) for name in ("prompt", "until", "cached"))
     peers, imports, exports = _moves(steps, prompt)
-    cached = steps.column("cached")
-    reused = np.flatnonzero(cached)
     return p.ExecutionPlan(
         plan_id=f"{graph.symbol}/{instance.name}",
         round=graph.number("round"),
@@ -114,33 +114,71 @@ def _plan(
         request_ids=names,
         rows=p.Rows(
             prompt_tokens=_padded(prompt, len(gone)),
-            computed_tokens=_padded(steps.column("computed"), len(gone)),
-            kv_blocks=_padded(steps.column("blocks"), len(gone)),
-            deadline_us=_padded(steps.column("deadline"), len(gone)),
+            computed_tokens=_padded(_column(steps, "computed"), len(gone)),
+            kv_blocks=_padded(_column(steps, "blocks"), len(gone)),
+            deadline_us=_padded(_column(steps, "deadline"), len(gone)),
         ),
-        chunks=p.Chunks(
-            step=step, row=row, begin=begin, end=end, samples=(end == prompt[row]).astype(np.int64)
-        ),
-        decodes=p.Decodes(
-            row=decoding,
-            begin_step=steps.column("begin")[decoding],
-            until_tokens=until[decoding],
-        ),
-        preemptions=p.Preemptions(
-            row=np.arange(len(steps.names), len(names)), how=np.array(how, np.int64)
-        ),
-        reuses=p.Reuses(row=reused, tokens=cached[reused]),
+        chunks=_chunks(steps, prompt),
+        decodes=_decodes(steps, until),
+        preemptions=_preemptions(len(steps.names), how),
+        reuses=_reuses(cached),
         imports=imports,
         exports=exports,
         evictions=extras.evictions(instance.name),
         migrations=extras.migrations(instance.name),
-        acceleration=p.Acceleration(
-            kv_dtype=instance.kv_dtype,
-            quantization=instance.quantization,
-            draft_tokens=instance.draft_tokens,
-        ),
+        acceleration=_acceleration(instance),
         estimates=_estimates(steps),
         ir_digest=digest,
+    )
+
+
+def _column(steps: pd.StepsOp, name: str) -> Ints:
+    """A column of the rows; what an op leaves out is 0 in every row."""
+    attr = steps.properties.get(name)
+    return attr.array if isinstance(attr, ColumnAttr) else zeros(len(steps.names))
+
+
+def _chunks(steps: pd.StepsOp, prompt: Ints) -> p.Chunks:
+    columns = [steps.properties[name] for name in ("chunk_step", "chunk_row")]
+    columns += [steps.properties[name] for name in ("chunk_begin", "chunk_end")]
+    step, row, begin, end = [attr.array for attr in columns if isinstance(attr, ColumnAttr)]
+    if not step.size:
+        return _NO_CHUNKS
+    samples = (end == prompt[row]).astype(np.int64)
+    return p.Chunks(step=step, row=row, begin=begin, end=end, samples=samples)
+
+
+def _decodes(steps: pd.StepsOp, until: Ints) -> p.Decodes:
+    rows = until.nonzero()[0]
+    if not rows.size:
+        return _NO_DECODES
+    begin = _column(steps, "begin")
+    return p.Decodes(row=rows, begin_step=begin[rows], until_tokens=until[rows])
+
+
+def _preemptions(rows: int, how: list[int]) -> p.Preemptions:
+    """Those that leave are the rows behind all others."""
+    if not how:
+        return _NO_PREEMPTIONS
+    return p.Preemptions(row=np.arange(rows, rows + len(how)), how=np.array(how, np.int64))
+
+
+def _reuses(cached: Ints) -> p.Reuses:
+    rows = cached.nonzero()[0]
+    return p.Reuses(row=rows, tokens=cached[rows]) if rows.size else _NO_REUSES
+
+
+_NO_CHUNKS, _NO_DECODES, _NO_MOVES = p.Chunks(), p.Decodes(), p.Moves()
+_NO_PREEMPTIONS, _NO_REUSES = p.Preemptions(), p.Reuses()
+_NO_EVICTIONS, _NO_MIGRATIONS = p.Evictions(), p.Migrations()
+
+
+@functools.lru_cache(256)
+def _acceleration(instance: Instance) -> p.Acceleration:
+    return p.Acceleration(
+        kv_dtype=instance.kv_dtype,
+        quantization=instance.quantization,
+        draft_tokens=instance.draft_tokens,
     )
 
 
@@ -156,15 +194,22 @@ def _moves(steps: pd.StepsOp, prompt: Ints) -> tuple[tuple[str, ...], p.Moves, p
     for end in ("source", "target"):
         words = steps.properties.get(end)
         if not isinstance(words, WordsAttr) or not any(words.words):
-            moves.append(p.Moves())
+            moves.append(_NO_MOVES)
             continue
-        peer_of = np.array(
-            [peers.setdefault(word, len(peers)) if word else -1 for word in words.words], np.int64
-        )
-        peer = peer_of[words.codes]
-        rows = np.flatnonzero(peer >= 0)
-        moves.append(p.Moves(row=rows, peer=peer[rows], tokens=prompt[rows]))
+        rows, peer = _peers(words, peers)
+        moves.append(p.Moves(row=rows, peer=peer, tokens=prompt[rows]))
     return tuple(peers), moves[0], moves[1]
+
+
+def _peers(words: WordsAttr, peers: dict[str, int]) -> tuple[Ints, Ints]:
+    """The rows that have a peer, and its number; peers that no row has get none."""
+    named = np.array([bool(word) for word in words.words], np.bool_)
+    rows = named[words.codes].nonzero()[0]
+    codes = words.codes[rows]
+    number = np.zeros(len(named), np.int64)
+    for code in np.flatnonzero(np.bincount(codes)).tolist():
+        number[code] = peers.setdefault(words.words[code], len(peers))
+    return rows, number[codes]
 
 
 def _estimates(steps: pd.StepsOp) -> p.Estimates:
@@ -185,23 +230,28 @@ def digest_of(ops: Iterable[Operation]) -> str:
     for op in ops:
         if type(op) not in _DERIVED:
             parts.append(op.name.encode())
-            for name, attr in op.properties.items():
+            properties = op.properties
+            for name in sorted(properties):
                 parts.append(name.encode())
-                parts.extend(_bytes_of(attr))
+                attr = properties[name]
+                parts += _BYTES.get(type(attr), _bytes_of_scalar)(attr)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _bytes_of(attr: Attribute) -> Iterable[bytes | memoryview]:
-    if isinstance(attr, ColumnAttr):
-        return (attr.array.data,)
-    if isinstance(attr, NamesAttr):
-        return ("\0".join(attr.data).encode(),)
-    if isinstance(attr, WordsAttr):
-        return ("\0".join(attr.words).encode(), attr.codes.data)
-    if isinstance(attr, ListsAttr):
-        return (attr.offsets.data, attr.values.data)
+_Bytes = tuple[bytes | memoryview, ...]
+
+
+def _bytes_of_scalar(attr: Attribute) -> _Bytes:
     value = value_of(attr)
     return (str(attr if value is None else value).encode(),)
+
+
+_BYTES: dict[type[Attribute], Callable[[Any], _Bytes]] = {
+    ColumnAttr: lambda attr: (attr.array.data,),
+    NamesAttr: lambda attr: ("\0".join(attr.data).encode(),),
+    WordsAttr: lambda attr: ("\0".join(attr.words).encode(), attr.codes.data),
+    ListsAttr: lambda attr: (attr.offsets.data, attr.values.data),
+}
 
 
 @dataclass(frozen=True)

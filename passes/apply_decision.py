@@ -48,13 +48,31 @@ class ApplyDecisionPass(ModulePass):
 def apply_decision(decide: pd.DecideOp) -> None:
     """Put into effect what `decide` says, and take it out of the graph."""
     source = _source(decide.decided, decide)
-    rows = flow.rows_named(flow.table(decide.decided), decide)
-    if isinstance(source, pd.ResidentOp):
-        rest = _preempted(decide, rows)
+    if _admits_all(decide, source):
+        rest = decide.decided
+        rest.name_hint = decide.verdicts.name_hint or rest.name_hint
     else:
-        rest = _admitted(decide, source, rows)
+        rows = flow.rows_named(flow.table(decide.decided), decide)
+        apply = _preempted if isinstance(source, pd.ResidentOp) else _admitted
+        rest = apply(decide, source, rows)
     replace_value(decide.verdicts, rest)
     _erase_chain(decide)
+
+
+_HINTS = {"prefill_on", "decode_on", "chunk"}
+
+
+def _admits_all(decide: pd.DecideOp, source: pd.RequestsOp | pd.ResidentOp) -> bool:
+    """Whether the wave is admitted just as it stands, which is how most rounds go."""
+    said = decide.properties
+    if type(source) is not pd.RequestsOp or decide.decided.owner is not source:
+        return False
+    if decide.names != source.names or said.keys() & _HINTS or decide.column("verdict").any():
+        return False
+    ranks = said.get("rank")
+    return not isinstance(ranks, ColumnAttr) or bool(
+        (ranks.array == np.arange(len(ranks.array))).all()
+    )
 
 
 def _source(value: SSAValue, decide: pd.DecideOp) -> pd.RequestsOp | pd.ResidentOp:
@@ -86,7 +104,7 @@ def _erase_chain(op: Operation) -> None:
 def _admitted(decide: pd.DecideOp, source: pd.RequestsOp | pd.ResidentOp, rows: Ints) -> SSAValue:
     """The admitted rows in rank order; the rest is left behind in a pd.leave."""
     verdicts = decide.column("verdict")
-    if np.isin(verdicts, (pd.PREEMPT, pd.SWAP)).any():
+    if (verdicts >= pd.PREEMPT).any():
         name = decide.names[int(np.flatnonzero(verdicts >= pd.PREEMPT)[0])]
         raise PassError(
             f"{quoted(name)} waits and holds no KV to preempt; admit, defer or reject it", decide
@@ -181,7 +199,9 @@ def _insert_before(new: Operation, op: Operation) -> None:
 # Residents
 
 
-def _preempted(decide: pd.DecideOp, rows: Ints) -> SSAValue:
+def _preempted(
+    decide: pd.DecideOp, _: pd.RequestsOp | pd.ResidentOp, rows: Ints
+) -> SSAValue:
     """The residents that go on; the preempted leave their instance."""
     verdicts = decide.column("verdict")
     if not np.isin(verdicts, (pd.ADMIT, pd.PREEMPT, pd.SWAP)).all():

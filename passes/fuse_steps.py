@@ -60,14 +60,32 @@ def fuse(graph: pd.GraphOp, topology: Topology, mode: str, turn: int) -> None:
         if isinstance(op, kv.ReserveOp)
         for place in op.words("on")[:1]
     }
-    finished: dict[str, float] = {}
+    works = sorted(work_of(graph, topology), key=lambda w: w.num_prefills == 0)
+    blocks = [_blocks(work, reserved.get(work.instance.name)) for work in works]
     last = block.last_op
     assert last is not None
-    for work in sorted(work_of(graph, topology), key=lambda w: w.num_prefills == 0):
-        blocks = _blocks(work, reserved.get(work.instance.name))
-        packer = Packer(work, blocks, mode, turn, graph.number("horizon"), finished)
-        packer.run()
+    for packer in packed(works, blocks, mode, turn, graph.number("horizon")):
         block.insert_op_before(_steps_op(graph, packer), last)
+
+
+def packed(
+    works: list[Work], blocks: list[Ints], mode: str, turn: int, horizon: int
+) -> list[Packer]:
+    """The steps of all instances; those that prefill come first, for the others await their KV.
+
+    Two instances may await each other's: what was packed too early to know when KV comes is packed
+    once more.
+    """
+    finished: dict[str, float] = {}
+    packers: list[Packer] = []
+    for work, reserved in zip(works, blocks, strict=True):
+        packers.append(Packer(work, reserved, mode, turn, horizon, finished))
+        packers[-1].run()
+    for at, packer in enumerate(packers):
+        if packer.missed_some():
+            packers[at] = Packer(packer.work, blocks[at], mode, turn, horizon, finished)
+            packers[at].run()
+    return packers
 
 
 def _blocks(work: Work, reserve: kv.ReserveOp | None) -> Ints:
@@ -160,6 +178,14 @@ class Packer:
         work = self.work
         source = work.source.words[work.source.codes[row]]
         return source == work.instance.name or work.names[row] in self.finished_us
+
+    def missed_some(self) -> bool:
+        """Whether KV comes that nobody knew of when this was packed."""
+        work = self.work
+        if not work.num_prefills or not work.awaited.any():
+            return False
+        missed = np.flatnonzero(work.awaited & ~self.comes).tolist()
+        return any(self._will_come(row) for row in missed)
 
     def _arrival_us(self, row: int) -> float:
         ready = self.finished_us.get(self.work.names[row], 0.0)
@@ -266,7 +292,8 @@ class Packer:
             return 0, 0.0, []
         budget = instance.max_step_tokens - decoding
         budget -= min(self.reserve, instance.max_step_tokens // 2)
-        seats = instance.max_batch - decoding
+        # Whose prompt ends decodes from the next step on, beside all that decode now.
+        seats = min(instance.max_batch, instance.max_step_tokens) - self.active
         partial = instance.max_partial_prefills or seats
         left, total, pairs = budget, 0, 0.0
         finished: list[int] = []

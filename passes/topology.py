@@ -16,6 +16,7 @@ from sagec.dialects import cluster
 from sagec.dialects.rows import symbol
 from sagec.dialects.scalars import Value, value_of
 from sagec.passes.errors import PassError
+from sagec.passes.flow import ops_of_block
 from sagec.passes.recent import Recent
 from sagec.runtime.cost import StepCost
 
@@ -79,7 +80,7 @@ class Device:
     bytes_per_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instance:
     """An instance; see `cluster.instance`. index: its place among the module's instances."""
 
@@ -125,7 +126,7 @@ class Instance:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Link:
     """A connection between two places, usable in both directions."""
 
@@ -134,7 +135,7 @@ class Link:
     latency_us: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Path:
     """The way of KV between two instances: its places, and the links it passes."""
 
@@ -239,8 +240,8 @@ def topology_of(module: ModuleOp) -> Topology:
 
     Raises PassError for a name that nothing has.
     """
-    ops = [op for op in module.body.block.ops if type(op) in _KINDS]
-    key = (*ops, *[attr for op in ops for attr in op.properties.values()])
+    ops = [op for op in ops_of_block(module.body.block) if type(op) in _KINDS]
+    key = (*ops, *itertools.chain.from_iterable([op.properties.values() for op in ops]))
     return _recent.answer(module, key, lambda: _topology(ops))
 
 

@@ -75,29 +75,25 @@ class Instance:
 # What the loop hears, beside an engine's events.
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """A request came."""
 
     request: Request
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CancelRequested:
+class CancelRequested(msgspec.Struct, frozen=True):
     """A client no longer wants its answer."""
 
     request_id: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(msgspec.Struct, frozen=True):
     """An instance that had failed is there again, empty."""
 
     instance: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Closed:
+class Closed(msgspec.Struct, frozen=True):
     """No more requests will come."""
 
 
@@ -106,8 +102,7 @@ Input = Event | Arrived | CancelRequested | Joined | Closed
 # What the loop says: to be done, in this order.
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     """Give an instance a plan, with the requests that it does not know."""
 
     instance: str
@@ -115,31 +110,27 @@ class Submit:
     requests: tuple[Request, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """Tell an instance that KV waits for it."""
 
     instance: str
     handle: KVHandle
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Discard:
+class Discard(msgspec.Struct, frozen=True):
     """Free KV that nobody will receive."""
 
     handle: KVHandle
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     """Tell an instance to forget a request."""
 
     instance: str
     request_id: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Token:
+class Token(msgspec.Struct, frozen=True):
     """A request's next token: index counts its output from 0."""
 
     request_id: str
@@ -148,8 +139,7 @@ class Token:
     time_us: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """A request ended; detail says why, where it did not end by itself."""
 
     request_id: str
@@ -158,16 +148,14 @@ class Finished:
     report: RequestReport
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """A request was not taken in, for its id is in use."""
 
     request_id: str
     detail: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(msgspec.Struct, frozen=True):
     """A round: what was seen, said and planned; to be recorded."""
 
     state: State
@@ -175,8 +163,7 @@ class Planned:
     plans: tuple[ExecutionPlan, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True):
     """Come back with events, or without when this time has come; None: only with events."""
 
     until_us: int | None
@@ -229,6 +216,7 @@ class Loop:
         self.instances = tuple(instances)
         self._strategy, self._planner, self._clock = strategy, planner, clock
         self._max_attempts = max_attempts
+        self._fixed = _columns(self.instances)
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
         self._plans: list[ExecutionPlan | None] = [None] * len(self.instances)
@@ -287,20 +275,13 @@ class Loop:
         return tuple(self._serving[request_id].output)
 
     def _instances(self) -> Instances:
-        capabilities = [instance.capability for instance in self.instances]
-        block_tokens = np.array([c.block_tokens for c in capabilities], np.int64)
-        return Instances.of(
-            [instance.id for instance in self.instances],
-            role=[instance.role for instance in self.instances],
-            model=[instance.model for instance in self.instances],
-            engine=[instance.engine for instance in self.instances],
-            kv_blocks=[c.kv_blocks for c in capabilities],
-            block_tokens=block_tokens,
-            kv_blocks_used=self._table.kv_blocks_used(block_tokens),
-            max_context_tokens=[c.max_context_tokens for c in capabilities],
-            alive=self._alive,
-            idle=[plan is None for plan in self._plans],
-        )
+        """The instances' columns; only those that change are made again."""
+        used = self._table.kv_blocks_used(self._fixed.block_tokens)
+        idle = np.array([plan is None for plan in self._plans], bool)
+        alive = self._alive.copy()
+        for column in (used, idle, alive):
+            column.flags.writeable = False
+        return dataclasses.replace(self._fixed, kv_blocks_used=used, alive=alive, idle=idle)
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
@@ -347,30 +328,38 @@ class Loop:
         for request_id, _, end in report.chunks:
             if serving := self._on(report.instance, request_id):
                 self._table.progress(serving.row, end)
-        for request_id, index, token in report.tokens:
-            if serving := self._on(report.instance, request_id):
-                self._token(serving, serving.base + index, token, report)
+        self._take_tokens(report)
         for request_id, reason in report.finished:
             if serving := self._on(report.instance, request_id):
                 self._finish(serving, reason, "")
         self._changed(only_if=bool(report.finished) and len(self._table.waiting()) > 0)
 
-    def _token(self, serving: _Serving, index: int, token: int, report: StepReport) -> None:
-        if index < len(serving.output):
-            return
-        if index > len(serving.output):
-            detail = (
-                f"instance {report.instance!r} sent token {index} of {serving.request.id!r} "
-                f"after token {len(serving.output) - 1}; those between are lost"
-            )
-            self._finish(serving, FinishReason.FAILED, detail)
-            return
-        self._table.generated(serving.row, serving.num_tokens)
-        serving.output.append(token)
-        serving.last_token_us = report.end_us
-        if serving.first_token_us is None:
-            serving.first_token_us = report.end_us
-        self._actions.append(Token(serving.request.id, index, token, report.end_us))
+    def _take_tokens(self, report: StepReport) -> None:
+        """The step's new tokens go to their requests and out; the table is written at once."""
+        rows, computed_tokens = [], []
+        for request_id, index, token in report.tokens:
+            serving = self._on(report.instance, request_id)
+            if serving is None or (index := serving.base + index) < len(serving.output):
+                continue
+            if index > len(serving.output):
+                self._lose(serving, index, report.instance)
+                continue
+            rows.append(serving.row)
+            computed_tokens.append(serving.num_tokens)
+            serving.output.append(token)
+            serving.last_token_us = report.end_us
+            if serving.first_token_us is None:
+                serving.first_token_us = report.end_us
+            self._actions.append(Token(request_id, index, token, report.end_us))
+        self._table.generated(rows, computed_tokens)
+
+    def _lose(self, serving: _Serving, index: int, instance: str) -> None:
+        """End a request of whose tokens some never came."""
+        detail = (
+            f"instance {instance!r} sent token {index} of {serving.request.id!r} "
+            f"after token {len(serving.output) - 1}; those between are lost"
+        )
+        self._finish(serving, FinishReason.FAILED, detail)
 
     def _exported(self, event: KVExported) -> None:
         handle = event.handle
@@ -658,6 +647,20 @@ class Loop:
         for serving in list(self._serving.values()):
             detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
             self._finish(serving, FinishReason.FAILED, detail)
+
+
+def _columns(instances: Sequence[Instance]) -> Instances:
+    """What never changes of the instances, as columns; the rest at its defaults."""
+    capabilities = [instance.capability for instance in instances]
+    return Instances.of(
+        [instance.id for instance in instances],
+        role=[instance.role for instance in instances],
+        model=[instance.model for instance in instances],
+        engine=[instance.engine for instance in instances],
+        kv_blocks=[c.kv_blocks for c in capabilities],
+        block_tokens=[c.block_tokens for c in capabilities],
+        max_context_tokens=[c.max_context_tokens for c in capabilities],
+    )
 
 
 def _room_tokens(instance: Instance) -> int:

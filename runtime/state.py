@@ -377,12 +377,13 @@ class RequestTable:
         self.computed_tokens[row] = computed_tokens
         self._running = None
 
-    def generated(self, row: int, computed_tokens: int) -> None:
-        """One more token was sampled, after so many in KV."""
-        self.computed_tokens[row] = computed_tokens
-        if self.remaining_tokens[row] != UNBOUNDED:
-            self.remaining_tokens[row] -= 1
-        self._running = None
+    def generated(self, rows: Sequence[int], computed_tokens: Sequence[int]) -> None:
+        """One more token was sampled for each of these rows, after so many in KV."""
+        if rows:
+            at = np.array(rows)
+            self.computed_tokens[at] = computed_tokens
+            np.subtract.at(self.remaining_tokens, at, self.remaining_tokens[at] != UNBOUNDED)
+            self._running = None
 
     def move(self, row: int, instance: int, arriving: bool) -> None:
         """The request's KV is on its way to an instance, or has come there."""

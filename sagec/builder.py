@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 
 from sagec.dialects import pd
 from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
+from sagec.dialects.scalars import int_attr
 from sagec.passes import flow
 from sagec.runtime.plan import SWAP
 from sagec.runtime.request import Request
@@ -144,7 +146,7 @@ class IRBuilder:
         return [prefill.kv for prefill in prefills]
 
     def _chunk(self) -> dict[str, Attribute]:
-        return {"chunk": IntegerAttr(self.chunk, i64)} if self.chunk else {}
+        return {"chunk": int_attr(self.chunk)} if self.chunk else {}
 
     def _graph(
         self,
@@ -158,14 +160,15 @@ class IRBuilder:
         if self.policy:
             properties["policy"] = StringAttr(self.policy)
         properties["mode"] = StringAttr(mode or self.mode)
-        properties |= {key: IntegerAttr(value, i64) for key, value in numbers.items() if value}
+        properties |= {key: int_attr(value) for key, value in numbers.items() if value}
         last = pd.YieldOp.create(operands=[end] if end is not None else [])
         graph = pd.GraphOp.create(properties=properties, regions=[Region(Block([*ops, last]))])
         self.module.body.block.add_op(graph)
         return IRGraph(self.module, graph)
 
 
-# Columns. Those that say nothing but defaults are left out.
+# Columns. Those that say nothing but defaults are left out, and words are numbered as they appear,
+# so that a graph is the one that its text gives: attribute for attribute, and in its plans' digest.
 
 
 def _request_columns(requests: Sequence[Request]) -> dict[str, Attribute]:
@@ -193,9 +196,11 @@ def _waiting_columns(waiting: Waiting) -> dict[str, Attribute]:
     columns: dict[str, Attribute] = {
         "ids": _names(waiting.ids),
         "prompt": ColumnAttr.of(waiting.prompt_tokens),
-        "generate": ColumnAttr.of(waiting.generate_tokens),
-        "arrived": ColumnAttr.of(waiting.arrival_us),
     }
+    if (waiting.generate_tokens != pd.UNBOUNDED).any():
+        columns["generate"] = ColumnAttr.of(waiting.generate_tokens)
+    if waiting.arrival_us.any():
+        columns["arrived"] = ColumnAttr.of(waiting.arrival_us)
     return columns | _promises(waiting) | _named(waiting)
 
 
@@ -260,7 +265,20 @@ def _dense_ranks(verdict: Ints, rank: Ints) -> Ints:
 def _places(state: State, chosen: Ints) -> WordsAttr:
     """Names of the chosen instances; ANY is no name."""
     names = (*state.instances.ids.tolist(), "")
-    return WordsAttr.of(names, np.where(chosen == ANY, len(names) - 1, chosen))
+    return _words(names, np.where(chosen == ANY, len(names) - 1, chosen))
+
+
+def _words(names: Sequence[str], codes: Ints) -> WordsAttr:
+    """The column of `names[codes]`, with the words that it has in the order of the rows."""
+    if not codes.size or (codes == codes[0]).all():
+        return WordsAttr.same(names[int(codes[0])] if codes.size else "", len(codes))
+    # Of the rows that name a word, the one assigned last is the first.
+    first = np.full(len(names), len(codes))
+    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
+    order = np.argsort(first)[: int((first < len(codes)).sum())]
+    number = np.empty(len(names), np.int64)
+    number[order] = np.arange(len(order))
+    return WordsAttr.of([names[code] for code in order.tolist()], number[codes])
 
 
 # Running requests
@@ -272,33 +290,40 @@ def _residents(state: State, decision: Decision, ops: list[Operation]) -> list[S
     if not len(running):
         return []
     done = running.arriving | (running.computed_tokens >= running.prompt_tokens)
-    out = np.zeros(len(running), np.bool_)
-    out[decision.preempt_rows] = True
-    parts = _resident_part(state, np.flatnonzero(done & ~out), ops)
-    if out.any():
+    done[decision.preempt_rows] = False
+    parts = _resident_part(state, None if done.all() else np.flatnonzero(done), ops)
+    if decision.preempt_rows.size:
         gone = pd.ResidentOp.of(_resident_columns(state, decision.preempt_rows))
         ops.append(gone)
         ops.append(pd.PreemptOp.over(gone.kv, _preempted(decision, gone)))
     return parts
 
 
-def _resident_part(state: State, rows: Ints, ops: list[Operation]) -> list[SSAValue]:
-    if not rows.size:
+def _resident_part(state: State, rows: Ints | None, ops: list[Operation]) -> list[SSAValue]:
+    if rows is not None and not rows.size:
         return []
     ops.append(resident := pd.ResidentOp.of(_resident_columns(state, rows)))
-    return [resident.kv]
+    return [resident.results[0]]
 
 
-def _resident_columns(state: State, rows: Ints) -> dict[str, Attribute]:
+def _resident_columns(state: State, rows: Ints | None) -> dict[str, Attribute]:
+    """The columns of these rows of `state.running`, or of all of them."""
     running = state.running
-    arriving = running.arriving[rows]
-    prompt, computed = running.prompt_tokens[rows], running.computed_tokens[rows]
+
+    def taken(column: Any) -> Any:
+        return column if rows is None else column[rows]
+
+    arriving, remaining = taken(running.arriving), taken(running.remaining_tokens)
+    context = np.maximum(taken(running.computed_tokens), 1)
+    if arriving.any():
+        context = np.where(arriving, taken(running.prompt_tokens), context)
     columns: dict[str, Attribute] = {
-        "ids": _names(running.ids[rows]),
-        "on": WordsAttr.of(tuple(state.instances.ids.tolist()), running.instance[rows]),
-        "context": ColumnAttr.of(np.where(arriving, prompt, np.maximum(computed, 1))),
-        "remaining": ColumnAttr.of(running.remaining_tokens[rows]),
+        "ids": _names(taken(running.ids)),
+        "on": _words(state.instances.ids.tolist(), taken(running.instance)),
+        "context": ColumnAttr.of(context),
     }
+    if (remaining != pd.UNBOUNDED).any():
+        columns["remaining"] = ColumnAttr.of(remaining)
     if arriving.any():
         columns["arriving"] = ColumnAttr.of(arriving)
     return columns
@@ -327,11 +352,14 @@ def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] |
     columns: dict[str, Attribute] = {
         "ids": _names(running.ids[rows]),
         "prompt": ColumnAttr.of(running.prompt_tokens[rows]),
-        "generate": ColumnAttr.of(np.maximum(running.remaining_tokens[rows], 1)),
-        "computed": ColumnAttr.of(running.computed_tokens[rows]),
         "on": _places(state, running.instance[rows]),
         "decode_on": _places(state, running.decode_on[rows]),
     }
+    generate = np.maximum(running.remaining_tokens[rows], 1)
+    if (generate != pd.UNBOUNDED).any():
+        columns["generate"] = ColumnAttr.of(generate)
+    if (computed := running.computed_tokens[rows]).any():
+        columns["computed"] = ColumnAttr.of(computed)
     if (models := running.model[rows]).any():
         columns["model"] = WordsAttr.from_rows(models.tolist())
     return columns

@@ -23,8 +23,10 @@ PIPELINES: dict[str, Pipeline] = {
         "chunks and blocks before steps; legality last, on what will run",
     ),
     "round": Pipeline(
-        f"apply-decision,separate-phases,select-device,{_PLACED}",
-        "a scheduling round: as serve, without order, for the builder writes in order",
+        f"apply-decision,select-device,{_PLACED}",
+        "a scheduling round: as serve, without order, for the builder writes in order, and without "
+        "separate-phases: phases say what a graph needs before it has a place, to whoever sizes a "
+        "cluster; plans do not depend on them, and a round has no time for what nobody reads",
     ),
     "offline": Pipeline(
         f"order,apply-decision,separate-phases,select-device{{method=solve}},{_PLACED}",

@@ -38,19 +38,20 @@ class SharedMemoryChannel:
         if len(self._allocated) >= _PRUNE_AT:
             self._allocated = {place for place in self._allocated if (FOLDER / place).exists()}
         place = f"{self._prefix}-{secrets.token_hex(8)}"
-        file = os.open(FOLDER / place, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        self._allocated.add(place)
         try:
-            _fill(file, num_bytes)  # full now is an error, full at the first write a SIGBUS
-            return place, memoryview(mmap.mmap(file, num_bytes))
+            file = os.open(FOLDER / place, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            self._allocated.add(place)
+            try:
+                _fill(file, num_bytes)  # full now is an error, full at the first write a SIGBUS
+                return place, memoryview(mmap.mmap(file, num_bytes))
+            finally:
+                os.close(file)
         except OSError as error:
             self.free(place)
-            remedy = "enlarge it" if error.errno == errno.ENOSPC else "check its rights"
+            remedy = "enlarge it" if error.errno == errno.ENOSPC else "check it"
             raise ChannelError(
-                f"{FOLDER}: no room for {num_bytes} bytes of KV ({error.strerror}); {remedy}"
+                f"{FOLDER}: no segment of {num_bytes} bytes for KV ({error.strerror}); {remedy}"
             ) from None
-        finally:
-            os.close(file)
 
     def receive(self, place: str, num_bytes: int) -> memoryview:
         """The segment at `place`. Raises ChannelError where it is gone or of another size."""

@@ -42,20 +42,21 @@ def never_fitting(state: State) -> tuple[Ints, list[str]]:
 
 
 def overflowing(state: State) -> Ints:
-    """Running rows that must leave so that all others on their instance can take one more token.
+    """Running rows that must leave so that all before them on their instance have a next token.
 
-    On each instance the latest arrived leave first; one that is alone always stays.
+    The latest to come leave first; one that is alone always stays. A row whose KV is on its way
+    takes the room of those that came later, and has nothing to leave itself.
     """
     running = state.running
-    resident = np.flatnonzero(~running.arriving)
-    need = _next_blocks(running, state.instances)[resident]
-    order = np.lexsort((running.arrival_us[resident], running.instance[resident]))
-    instance = running.instance[resident][order]
-    total = np.cumsum(need[order])
+    order = np.lexsort((running.arrival_us, running.instance))
+    instance = running.instance[order]
+    need = _next_blocks(running, state.instances)[order]
+    total = np.cumsum(need)
     first = np.searchsorted(instance, instance)
-    within = total - total[first] + need[order][first]
+    within = total - total[first] + need[first]
     crowded = (within > state.instances.kv_blocks[instance]) & (np.arange(len(order)) > first)
-    return resident[order[crowded]]
+    rows = order[crowded]
+    return rows[~running.arriving[rows]]
 
 
 def _next_blocks(running: Running, instances: Instances) -> Ints:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO
 from typing import IO
 
@@ -65,6 +67,7 @@ class OptMain(xDSLOptMain):
     def setup_pipeline(self) -> None:
         passes = spec.passes(spec.expanded(self.args.passes), self.available_passes)
         self._begin_s = time.perf_counter()
+        self._running: ModulePass | None = None
         self.pipeline = PassPipeline(tuple(passes), self._after)
 
     def run(self) -> None:
@@ -99,9 +102,14 @@ class OptMain(xDSLOptMain):
                 f"{self.args.input_file}: sagec reads {known}; say which with --frontend"
             ) from None
 
+    def apply_passes(self, prog: ModuleOp) -> None:
+        with _not_ours(lambda: self._running):
+            self.pipeline.apply(self.ctx, prog)
+
     def output_resulting_program(self, prog: ModuleOp) -> str:
         stream = StringIO()
-        self.output_target.emit(self.ctx, prog, stream)
+        with _not_ours(lambda: self.output_target):
+            self.output_target.emit(self.ctx, prog, stream)
         return f"{stream.getvalue().rstrip()}\n"
 
     def _processed(self, chunk: IO[bytes], extension: str) -> str:
@@ -134,6 +142,7 @@ class OptMain(xDSLOptMain):
                 sys.stderr.write("\n\n")
         if previous is None or following is None or self.args.verify_each:
             verify(module, after=previous)
+        self._running = following
         self._begin_s = time.perf_counter()
 
     def _parsed(self, extension: str, stream: IO[bytes]) -> ModuleOp:
@@ -156,6 +165,20 @@ class OptMain(xDSLOptMain):
             print_generic_format=self.args.print_op_generic,
             print_debuginfo=self.args.print_debuginfo,
         )
+
+
+@contextlib.contextmanager
+def _not_ours(running: Callable[[], ModulePass | Target | None]) -> Iterator[None]:
+    """What a pass or target of xDSL raises for input that it does not expect, as InputError."""
+    try:
+        yield
+    except Exception as error:
+        what = running()
+        expected = message(error) is not None
+        if expected or what is None or type(what).__module__.startswith("sagec."):
+            raise
+        text = f"{type(error).__name__}: {error}"
+        raise InputError(f"{what.name}, which is xDSL's, fails: {text}") from error
 
 
 def verify(module: ModuleOp, after: ModulePass | None = None) -> None:

@@ -1,9 +1,10 @@
 """The .sage language: models, clusters and requests as people write them.
 
 What each file holds, in the order a text passes: sage.lark and text (the grammar), settings (what
-statements take), syntax (the program), parser and complaints (text to program, and what to say
-where it is none), resolution (names to models, devices and instances), traces and workload
-(requests as rows), lowering (to the dialects), printer (the canonical text).
+statements take), syntax (the program), parser, complaints and errors (text to program, and what to
+say where it is none); models, devices, instances, sizes and resolution (what its names mean);
+traces and workload (its requests as rows); lowering (to the dialects), prompts (to requests with
+token ids); printer (the canonical text).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def requests(program: Program) -> list[Request]:
     """
     if program.serve is None:
         return []
+    from sagec.language.prompts import requests_of
     from sagec.language.resolution import resolve
-    from sagec.language.workload import requests_of, workload
+    from sagec.language.workload import workload
 
     return requests_of(workload(resolve(program)))
 

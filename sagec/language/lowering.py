@@ -59,10 +59,11 @@ def _cluster_ops(scene: Scene) -> Iterator[Operation]:
     for name, begin in scene.switches.items():
         switch = cluster.SwitchOp.create(properties={"sym_name": StringAttr(name)})
         yield _at(program, begin, switch)
-    for source, target, begin, scalars in scene.links:
-        yield _at(program, begin, cluster.LinkOp.between(source, target, **scalars))
+    for link in scene.links:
+        op = cluster.LinkOp.between(link.source, link.target, **link.scalars)
+        yield _at(program, link.begin, op)
     for name, instance in scene.instances.items():
-        op = cluster.InstanceOp.of(
+        placed = cluster.InstanceOp.of(
             name,
             list(instance.devices),
             instance.engine,
@@ -70,7 +71,7 @@ def _cluster_ops(scene: Scene) -> Iterator[Operation]:
             instance.model,
             **instance.scalars,
         )
-        yield _at(program, instance.begin, op)
+        yield _at(program, instance.statement.begin, placed)
 
 
 def _graph(loaded: Workload) -> Operation:
@@ -86,6 +87,8 @@ def _graph(loaded: Workload) -> Operation:
     )
     prefill = pd.PrefillOp.of(requests.wave, bound)
     decode = pd.DecodeOp.of(prefill.kv)
+    for value, name in ((requests.wave, "asked"), (prefill.kv, "kv"), (decode.end, "end")):
+        value.name_hint = name
     end = pd.YieldOp.create(operands=[decode.end])
     body = [_at(program, begin, op) for op in (requests, prefill, decode, end)]
     scalars = {

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
-from sagec.diagnostics import Diagnostic, Source, combined, did_you_mean, there_are
+from sagec.diagnostics import Source, did_you_mean, there_are
 from sagec.language import settings as tables
 from sagec.language import syntax
 from sagec.language.complaints import syntax_error
+from sagec.language.errors import Errors
 from sagec.language.settings import Kind, SettingError, Table
 from sagec.language.syntax import Plain, Program, Request, Settings, Value, Word
 from sagec.language.text import PAIR, TextError, unquoted
@@ -20,9 +21,7 @@ LARGEST_RANGE = 4096
 """Names that one range may stand for."""
 
 _STATEMENTS = ("device", "switch", "link", "instance", "request", "replay", "serve", "cluster")
-
-MOST_ERRORS = 20
-"""Of one text; more help nobody."""
+"""What a misspelled setting may have been meant as."""
 
 
 def parse(text: str, name: str) -> Program:
@@ -96,10 +95,7 @@ class Reader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.errors: list[Diagnostic] = []
-
-    def error(self, begin: int, end: int, message: str, hint: str = "") -> None:
-        self.errors.append(self.source.error(begin, end, message, hint))
+        self.errors = Errors(source)
 
     def program(self, statements: list[Node]) -> Program:
         """The program of these statements. Raises Diagnostic where one is wrong."""
@@ -112,46 +108,45 @@ class Reader:
         for extra in serves[1:]:
             word = extra.parts[0]
             hint = "a file has one; put the other into a file of its own"
-            self.error(word.start_pos, word.end_pos, "a second 'serve'", hint)
+            self.errors.add(word.start_pos, word.end_pos, "a second 'serve'", hint)
         program = Program(
             self.source,
-            tuple(self.model(node) for node in by_rule.get("model", ())),
-            tuple(self.cluster(node) for node in by_rule.get("cluster", ())),
-            self.serve(serves[0]) if serves else None,
+            tuple(self._model(node) for node in by_rule.get("model", ())),
+            tuple(self._cluster(node) for node in by_rule.get("cluster", ())),
+            self._serve(serves[0]) if serves else None,
         )
-        if self.errors:
-            raise combined(self.errors[:MOST_ERRORS])
+        self.errors.stop_if_any()
         return program
 
     def _refuse_strategy(self, node: Node) -> None:
         keyword, name, _ = node.parts
-        self.error(
+        self.errors.add(
             keyword.start_pos,
             name.end_pos,
             f"strategy '{name}': strategy expressions are not in this version",
             "a strategy by name is: serve with fifo { ... }",
         )
 
-    def model(self, node: Node) -> syntax.Model:
+    def _model(self, node: Node) -> syntax.Model:
         keyword, name, *rest = node.parts
         path, settings = None, {}
         for part in rest:
             if part.rule == "path":
-                path = self.string(part.parts[0])
+                path = self._string(part.parts[0])
             else:
-                settings = self.settings(part.parts[1:-1], tables.MODEL, "a model")
+                settings = self._settings(part.parts[1:-1], tables.MODEL, "a model")
         if not rest:
             hint = f'model {name} from "folder", or model {name} {{ layers 4 hidden 256 ... }}'
-            self.error(
+            self.errors.add(
                 name.start_pos, name.end_pos, f"model '{name}' has no checkpoint and no shape", hint
             )
         return syntax.Model(keyword.start_pos, _word(name), path, settings)
 
-    def cluster(self, node: Node) -> syntax.Cluster:
+    def _cluster(self, node: Node) -> syntax.Cluster:
         keyword, name, _, *parts, _ = node.parts
         found: dict[str, list[Any]] = {"device": [], "switch": [], "link": [], "instance": []}
         for part in parts:
-            found[part.rule].append(getattr(self, part.rule)(part))
+            found[part.rule].append(getattr(self, f"_{part.rule}")(part))
         return syntax.Cluster(
             keyword.start_pos,
             _word(name),
@@ -161,49 +156,49 @@ class Reader:
             tuple(found["instance"]),
         )
 
-    def device(self, node: Node) -> syntax.Device:
+    def _device(self, node: Node) -> syntax.Device:
         keyword, names, *rest = node.parts
-        settings = self.settings(rest, tables.DEVICE, "a device")
-        return syntax.Device(keyword.start_pos, self.names(names), settings)
+        settings = self._settings(rest, tables.DEVICE, "a device")
+        return syntax.Device(keyword.start_pos, self._names(names), settings)
 
-    def switch(self, node: Node) -> syntax.Switch:
+    def _switch(self, node: Node) -> syntax.Switch:
         keyword, names = node.parts
-        return syntax.Switch(keyword.start_pos, self.names(names))
+        return syntax.Switch(keyword.start_pos, self._names(names))
 
-    def link(self, node: Node) -> syntax.Link:
+    def _link(self, node: Node) -> syntax.Link:
         keyword, sources, targets, *rest = node.parts
-        settings = self.settings(rest, tables.LINK, "a link")
-        return syntax.Link(keyword.start_pos, self.names(sources), self.names(targets), settings)
+        settings = self._settings(rest, tables.LINK, "a link")
+        return syntax.Link(keyword.start_pos, self._names(sources), self._names(targets), settings)
 
-    def instance(self, node: Node) -> syntax.Instance:
+    def _instance(self, node: Node) -> syntax.Instance:
         keyword, names, *rest = node.parts
         devices: tuple[Word, ...] = ()
         places = [part for part in rest if isinstance(part, Node)]
         for index, place in enumerate(places):
             if index:
                 self._given_twice(place.parts[0])
-            devices = self.names(place.parts[1])
+            devices = self._names(place.parts[1])
         given = [part for part in rest if not isinstance(part, Node)]
-        settings = self.settings(given, tables.INSTANCE, "an instance")
-        return syntax.Instance(keyword.start_pos, self.names(names), devices, settings)
+        settings = self._settings(given, tables.INSTANCE, "an instance")
+        return syntax.Instance(keyword.start_pos, self._names(names), devices, settings)
 
-    def serve(self, node: Node) -> syntax.Serve:
+    def _serve(self, node: Node) -> syntax.Serve:
         keyword, *rest = node.parts
         head = [part for part in rest if isinstance(part, tuple) and not isinstance(part, Node)]
-        settings = self.settings(head, tables.SERVE, "'serve'")
+        settings = self._settings(head, tables.SERVE, "'serve'")
         entries: list[Request | syntax.Replay] = []
         for part in rest[len(head) + 1 : -1]:
-            entries.append(self.replay(part) if isinstance(part, Node) else self.request(part))
+            entries.append(self._replay(part) if isinstance(part, Node) else self._request(part))
         return syntax.Serve(keyword.start_pos, keyword.end_pos, settings, tuple(entries))
 
-    def replay(self, node: Node) -> syntax.Replay:
+    def _replay(self, node: Node) -> syntax.Replay:
         keyword, path, *rest = node.parts
-        settings = self.settings(rest, tables.REPLAY, "a replay")
-        return syntax.Replay(keyword.start_pos, self.string(path), settings)
+        settings = self._settings(rest, tables.REPLAY, "a replay")
+        return syntax.Replay(keyword.start_pos, self._string(path), settings)
 
     # Names
 
-    def names(self, node: Node) -> tuple[Word, ...]:
+    def _names(self, node: Node) -> tuple[Word, ...]:
         """All names of a list; a range stands for each of its names."""
         return tuple(word for part in node.parts for word in self._range(part.parts))
 
@@ -213,7 +208,7 @@ class Reader:
             return [_word(first)]
         begin, end = _numbered(first), _numbered(last)
         if begin is None or end is None or begin[0] != end[0] or end[1] < begin[1]:
-            self.error(
+            self.errors.add(
                 first.start_pos,
                 last.end_pos,
                 f"{first}..{last} is no range",
@@ -222,25 +217,25 @@ class Reader:
             return [_word(first)]
         if end[1] - begin[1] >= LARGEST_RANGE:
             message = f"{first}..{last} are {end[1] - begin[1] + 1} names"
-            self.error(first.start_pos, last.end_pos, message, f"at most {LARGEST_RANGE}")
+            self.errors.add(first.start_pos, last.end_pos, message, f"at most {LARGEST_RANGE}")
             return [_word(first)]
         width = len(first) - len(begin[0])
         numbers = range(begin[1], end[1] + 1)
         names = [f"{begin[0]}{number:0{width}}" for number in numbers]
         return [Word(name, first.start_pos, last.end_pos) for name in names]
 
-    def string(self, token: Any) -> Value:
+    def _string(self, token: Any) -> Value:
         """The text of a string in quotes."""
         try:
             return Value(unquoted(token), token.start_pos, token.end_pos)
         except TextError as error:
             at = token.start_pos + error.offset
-            self.error(at, at + error.length, error.message, error.hint)
+            self.errors.add(at, at + error.length, error.message, error.hint)
             return Value("", token.start_pos, token.end_pos)
 
     # Settings
 
-    def settings(self, pairs: list[Any], table: Table, whose: str) -> Settings:
+    def _settings(self, pairs: list[Any], table: Table, whose: str) -> Settings:
         """The settings of a statement by name."""
         found: Settings = {}
         for name, token in pairs:
@@ -258,7 +253,7 @@ class Reader:
         return found
 
     def _given_twice(self, name: Any) -> None:
-        self.error(name.start_pos, name.end_pos, f"'{name}' is given twice", "leave one out")
+        self.errors.add(name.start_pos, name.end_pos, f"'{name}' is given twice", "leave one out")
 
     def _unknown(self, name: str, begin: int, table: Table, whose: str) -> None:
         hint = there_are(name, table)
@@ -266,7 +261,7 @@ class Reader:
             hint = "a unit follows its number without a space, as in: 10ms"
         elif (close := did_you_mean(name, [*table, *_STATEMENTS])) in _STATEMENTS:
             hint = f"did you mean the statement '{close}'? ({hint})"
-        self.error(begin, begin + len(name), f"{whose} has no '{name}'", hint)
+        self.errors.add(begin, begin + len(name), f"{whose} has no '{name}'", hint)
 
     def _value(self, setting: tables.Setting, text: str, begin: int) -> Plain | None:
         """The value that a token gives a setting; None where it is wrong."""
@@ -277,32 +272,32 @@ class Reader:
                 return tables.read_word(setting, str(text))
             return tables.read_number(setting, text)
         except SettingError as error:
-            self.error(begin, begin + len(text), error.message, error.hint)
+            self.errors.add(begin, begin + len(text), error.message, error.hint)
         except TextError as error:
             at = begin + error.offset
-            self.error(at, at + error.length, error.message, error.hint)
+            self.errors.add(at, at + error.length, error.message, error.hint)
         return None
 
     # Requests
 
-    def request(self, token: Any) -> Request:
+    def _request(self, token: Any) -> Request:
         """A request, taken apart from its one token."""
-        text, begin, known = str(token), token.start_pos, len(self.errors)
+        text, begin, known = str(token), token.start_pos, len(self.errors.found)
         pairs = pairs_of(text)
         first = next(pairs)
         request_id = ""
         if first.value is None or first.value[0] != '"':
             at = begin + (first.value_at if first.value is not None else 0)
             length = len(first.value or "request")
-            self.error(at, at + length, "a request has no id", 'as in: request "hello" ...')
+            self.errors.add(at, at + length, "a request has no id", 'as in: request "hello" ...')
         else:
             read = self._value(_ID, first.value, begin + first.value_at)
             request_id = str(read) if read is not None else ""
         found: dict[str, Plain] = {}
         for pair in pairs:
-            if pair.key is not None or len(self.errors) == known:
+            if pair.key is not None or len(self.errors.found) == known:
                 self._add(found, pair, begin)
-        if len(self.errors) == known:
+        if len(self.errors.found) == known:
             self._check_prompt(request_id, found, begin)
         return Request(begin, begin + len(text), request_id, found)
 
@@ -312,15 +307,17 @@ class Reader:
         if key is None:
             assert text is not None
             hint = "settings are written: name value, as in: generate 32"
-            self.error(at, at + len(text), f"{text} belongs to no setting", hint)
+            self.errors.add(at, at + len(text), f"{text} belongs to no setting", hint)
             return
         setting = tables.REQUEST.get(key)
         if setting is None:
             self._unknown(key, at, tables.REQUEST, "a request")
         elif key in found and not setting.repeats:
-            self.error(at, at + len(key), f"'{key}' is given twice", "leave one out")
+            self.errors.add(at, at + len(key), f"'{key}' is given twice", "leave one out")
         elif text is None:
-            self.error(at, at + len(key), f"'{key}' has no value", f"it is {setting.kind.called}")
+            self.errors.add(
+                at, at + len(key), f"'{key}' has no value", f"it is {setting.kind.called}"
+            )
         elif (value := self._value(setting, text, begin + pair.value_at)) is not None:
             if setting.repeats:
                 before = found.get(key, ())
@@ -332,10 +329,10 @@ class Reader:
         end = begin + len("request")
         if "prompt" in found and "tokens" in found:
             message = f"request '{request_id}' has a prompt and tokens"
-            self.error(begin, end, message, "give it one of them")
+            self.errors.add(begin, end, message, "give it one of them")
         if "prompt" not in found and "tokens" not in found:
             message = f"request '{request_id}' has no prompt"
-            self.error(begin, end, message, 'give it one: prompt "..." or tokens 128')
+            self.errors.add(begin, end, message, 'give it one: prompt "..." or tokens 128')
 
 
 _ID = tables.Setting("request", Kind.TEXT, "what the request is called")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,23 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sagec.diagnostics import Diagnostic, combined, there_are
+from sagec.diagnostics import Diagnostic, there_are
 from sagec.dialects.columns import Ints
 from sagec.language import settings, syntax
+from sagec.language.errors import MOST_ERRORS, Errors
+from sagec.language.models import Model, relative_to_source
 from sagec.language.parser import said_in
-from sagec.language.resolution import Instance, Model, Scene
-from sagec.language.settings import AT_END_OF_TEXT
+from sagec.language.resolution import Scene
 from sagec.language.syntax import Plain, Program, Settings
-from sagec.language.traces import MOONCAKE_BLOCK_TOKENS, read_trace
-from sagec.runtime.request import Request, Sampling
+from sagec.language.traces import read_trace
 
 TokenIds = Sequence[int]
 
-_MOST_SHARED = 2**20
-
 
 class Row(NamedTuple):
-    """A request: what it and its statement say, by setting; from: the statement.
+    """A request: what it and its statements say of it, by setting.
 
     blocks: of a replayed request, the ids of its leading blocks.
     """
@@ -61,78 +58,6 @@ class Workload:
         return any(name in row.said for row in self.rows)
 
 
-@functools.lru_cache(maxsize=4)
-def workload(scene: Scene) -> Workload:
-    """The rows of a scene whose program serves something. Raises Diagnostic."""
-    return _Loader(scene).workload()
-
-
-def requests_of(loaded: Workload) -> list[Request]:
-    """The requests as a loop takes them; one with `samples n` is n requests, `id#0` to `id#n-1`."""
-    return [request for index in range(len(loaded.rows)) for request in _requests(loaded, index)]
-
-
-def _requests(loaded: Workload, index: int) -> list[Request]:
-    row, model = loaded.rows[index], loaded.scene.models[loaded.models[index]]
-    said: dict[str, Any] = dict(row.said)
-    samples, seed = said.get("samples", 1), said.get("seed")
-    stops = said.get("stop", ())
-    first = Request(
-        id=row.id,
-        prompt=_prompt(loaded, index, model),
-        max_output_tokens=said.get("generate"),
-        sampling=_sampling(said, seed),
-        stop_tokens=model.end_tokens if AT_END_OF_TEXT in stops else (),
-        stop_strings=tuple(stop for stop in stops if stop != AT_END_OF_TEXT),
-        model=model.at.text,
-        arrival_us=said.get("arrives", 0),
-        priority=said.get("priority", 0),
-        ttft_us=said.get("ttft"),
-        tpot_us=said.get("tpot"),
-        tenant=said.get("tenant", ""),
-        session=said.get("session", ""),
-        adapter=said.get("adapter", ""),
-    )
-    if samples == 1:
-        return [first]
-    fields = {name: getattr(first, name) for name in first.__struct_fields__}
-    return [
-        Request(
-            **fields
-            | {
-                "id": f"{row.id}#{sample}",
-                "sampling": _sampling(said, None if seed is None else seed + sample),
-            }
-        )
-        for sample in range(samples)
-    ]
-
-
-def _sampling(said: dict[str, Any], seed: int | None) -> Sampling:
-    given = {name: said[name] for name in ("temperature", "top_k", "top_p") if name in said}
-    return Sampling(**given, seed=seed)
-
-
-def _prompt(loaded: Workload, index: int, model: Model) -> tuple[int, ...]:
-    if (ids := loaded.texts.get(index)) is not None:
-        return tuple(ids)
-    row, vocab = loaded.rows[index], int(model.scalars["vocab"])
-    length = loaded.prompt_tokens[index]
-    blocks = row.blocks[: -(-length // MOONCAKE_BLOCK_TOKENS)]
-    parts = [drawn_tokens(f"block {block}", MOONCAKE_BLOCK_TOKENS, vocab) for block in blocks]
-    known = sum(map(len, parts))
-    if known < length:
-        parts.append(drawn_tokens(row.id, length - known, vocab))
-    drawn = np.concatenate(parts)[:length]
-    return tuple(_shared_ints(vocab)[drawn].tolist() if vocab <= _MOST_SHARED else drawn.tolist())
-
-
-@functools.lru_cache(maxsize=2)
-def _shared_ints(vocab: int) -> Any:
-    """The numbers [0, vocab) as objects: a token of a long trace costs 8 bytes then, and not 40."""
-    return np.arange(vocab).astype(object)
-
-
 def drawn_tokens(name: str, count: int, vocab: int) -> Ints:
     """`count` token ids in [0, vocab), the same for the same name.
 
@@ -143,13 +68,24 @@ def drawn_tokens(name: str, count: int, vocab: int) -> Ints:
     return np.random.Generator(np.random.PCG64(seed)).integers(0, vocab, count)
 
 
+def sample_id(request_id: str, sample: int) -> str:
+    """What the output number `sample` of a request with several is called."""
+    return f"{request_id}#{sample}"
+
+
+@functools.lru_cache(maxsize=4)
+def workload(scene: Scene) -> Workload:
+    """The rows of a scene whose program serves something. Raises Diagnostic."""
+    return _Loader(scene).workload()
+
+
 class _Loader:
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.program: Program = scene.program
         assert self.program.serve is not None
         self.serve = self.program.serve
-        self.errors: list[Diagnostic] = []
+        self.errors = Errors(self.program.source)
 
     def workload(self) -> Workload:
         rows = self.rows()
@@ -157,23 +93,19 @@ class _Loader:
         models = self.models(rows)
         self.check_places(rows, models)
         self.check_phases(models)
-        self.stop_if_wrong()
+        self.errors.stop_if_any()
         texts = self.texts(rows, models)
         lengths = [
             len(texts[index]) if index in texts else int(str(row.said["tokens"]))
             for index, row in enumerate(rows)
         ]
         self.check_lengths(rows, models, lengths)
-        self.stop_if_wrong()
+        self.errors.stop_if_any()
         return Workload(self.scene, rows, models, lengths, texts)
-
-    def stop_if_wrong(self) -> None:
-        if self.errors:
-            raise combined(self.errors[:20])
 
     def error(self, row: Row, name: str, message: str, hint: str = "") -> None:
         """Point at what a row says of a setting, wherever it says it."""
-        self.errors.append(self.error_at(row, name, message, hint))
+        self.errors.found.append(self.error_at(row, name, message, hint))
 
     def error_at(self, row: Row, name: str, message: str, hint: str = "") -> Diagnostic:
         statement, source = row.statement, self.program.source
@@ -205,9 +137,7 @@ class _Loader:
         return rows
 
     def replayed(self, replay: syntax.Replay, shared: dict[str, Plain]) -> list[Row]:
-        path = Path(
-            os.path.normpath(Path(self.program.source.name).parent / str(replay.path.value))
-        )
+        path = relative_to_source(self.program.source.name, str(replay.path.value))
         own: dict[str, Any] = {name: value.value for name, value in replay.settings.items()}
         try:
             recorded = read_trace(path, own.get("limit"))
@@ -236,24 +166,23 @@ class _Loader:
     # Names
 
     def check_ids(self, rows: list[Row]) -> None:
-        if len({row.id for row in rows}) == len(rows):
-            return
+        """Every request is called otherwise, and every sample of one."""
         seen: set[str] = set()
         for row in rows:
-            if row.id in seen:
-                self.error_id(row)
-            seen.add(row.id)
+            count = int(str(row.said.get("samples", 1)))
+            samples = [sample_id(row.id, sample) for sample in range(count)] if count > 1 else []
+            if not seen.isdisjoint((row.id, *samples)):
+                self._error_id(row)
+            seen.update((row.id, *samples))
 
-    def error_id(self, row: Row) -> None:
-        source = self.program.source
-        hint = "ids are unique"
+    def _error_id(self, row: Row) -> None:
+        message = f"a second request '{row.id}'"
         if isinstance(row.statement, syntax.Replay):
-            path = row.statement.path
-            message = f"a second request '{row.id}', which the trace is replayed as"
-            self.errors.append(source.error(path.begin, path.end, message, hint))
-            return
-        at = dict(said_in(source, row.statement))["request"]
-        self.errors.append(source.error(at.begin, at.end, f"a second request '{row.id}'", hint))
+            message += ", which the trace is replayed as"
+            self.errors.at(row.statement.path, message, "ids are unique")
+        else:
+            at = dict(said_in(self.program.source, row.statement))["request"]
+            self.errors.at(at, message, "ids are unique")
 
     def models(self, rows: list[Row]) -> list[str]:
         """The model that each row asks for; "" where that is an error."""
@@ -271,7 +200,7 @@ class _Loader:
                 self.error(row, "model", f"no model '{named}'", hint)
                 named = None
             found.append(str(named) if named is not None else "")
-            if len(self.errors) >= 20:
+            if len(self.errors.found) >= MOST_ERRORS:
                 break
         return found
 
@@ -297,13 +226,13 @@ class _Loader:
 
     def check_phases(self, models: Iterable[str]) -> None:
         """Each model that a request asks for has instances for both phases."""
-        instances: list[Instance] = list(self.scene.instances.values())
+        instances = list(self.scene.instances.values())
         cluster = self.scene.cluster
         at = self.serve.settings.get("on", cluster.name)
         if not instances:
             message = f"cluster '{cluster.name.text}' has no instances"
             hint = "as in: instance x on ... engine ..."
-            self.errors.append(self.program.error(at, message, hint))
+            self.errors.at(at, message, hint)
             return
         for model in sorted(set(models) - {""}):
             for phase in ("prefill", "decode"):
@@ -311,7 +240,7 @@ class _Loader:
                     continue
                 hint = f"as in: instance x role {phase} on ... engine ..."
                 message = f"cluster '{cluster.name.text}' has no instance to {phase} '{model}'"
-                self.errors.append(self.program.error(at, message, hint))
+                self.errors.at(at, message, hint)
 
     # Prompts
 
@@ -379,6 +308,3 @@ class _Loader:
 def _shared(given: Settings) -> dict[str, Plain]:
     """Those settings of `serve` or `replay` that hold for each of its requests."""
     return {name: given[name].value for name in settings.SHARED if name in given}
-
-
-__all__ = ["Row", "Workload", "drawn_tokens", "requests_of", "workload"]

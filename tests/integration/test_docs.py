@@ -88,6 +88,12 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> N
             assert pattern(block.output).fullmatch(shown), f"{place} now shows:\n{shown}"
 
 
+def test_what_is_generated_is_what_the_code_says() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_block_of_commands_is_found_with_its_output() -> None:
     page = "a\n```sh run\nls\n```\n\n```text output\nx\n```\n```sh\nrm\n```\n```sh run\npwd\n```\n"
     assert blocks(page) == [Block(2, "ls\n", "x\n"), Block(12, "pwd\n", None)]

@@ -250,6 +250,12 @@ def test_an_option_of_the_wrong_type_is_named(graph: str, capsys: Captured) -> N
     assert err == "sagec: error: pass chunk-prefill: tokens=many is no int\n"
 
 
+def test_a_pass_of_xdsl_that_cannot_run_here_is_one_line(graph: str, capsys: Captured) -> None:
+    err = fails(["opt", "-p", "mlir-opt", graph], 1, capsys)
+    assert err.startswith("error: mlir-opt, which is xDSL's, fails: ")
+    assert err.count("\n") == 1
+
+
 def test_an_unknown_target_is_bad_usage(graph: str, capsys: Captured) -> None:
     assert "no target 'mlirr'; did you mean 'mlir'?" in fails(
         ["opt", "-t", "mlirr", graph], 2, capsys

@@ -280,4 +280,4 @@ def test_broken_input_is_named_and_never_a_traceback(
 def test_thousands_of_broken_inputs_are_named(
     check: Check, strategies: tuple[st.SearchStrategy[object], ...], examples: int
 ) -> None:
-    checked(check, 25 * examples, *strategies)
+    checked(check, 15 * examples, *strategies)

@@ -19,7 +19,7 @@ from sagec.dialects import cluster, pd
 from sagec.dialects.cluster import Cluster
 from sagec.dialects.pd import PD
 from sagec.language import settings
-from sagec.language.resolution import engines, strategies
+from sagec.language.known import engines, strategies
 from sagec.language.traces import read_trace
 from sagec.runtime.request import Request
 

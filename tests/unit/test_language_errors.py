@@ -13,7 +13,7 @@ import pytest
 
 from sagec import language
 from sagec.diagnostics import Diagnostic
-from sagec.language.resolution import engines, strategies
+from sagec.language.known import engines, strategies
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples/models/tiny"
@@ -55,6 +55,34 @@ def test_a_control_character_is_named_by_its_code() -> None:
 
 def test_half_a_surrogate_pair_is_no_character() -> None:
     assert said("model \ud800").startswith("serve.sage:1:7: error: U+D800 is no character\n")
+
+
+@pytest.mark.parametrize("source", ['model m from "\\q"', 'cluster c {} serve tenant "\\q" {}'])
+def test_an_unknown_escape_is_pointed_at_in_every_text(source: str) -> None:
+    at = source.index("\\q") + 1
+    assert f"serve.sage:1:{at}: error: \\q is no character" in said(source)
+
+
+def test_requests_that_name_no_model_are_not_all_listed() -> None:
+    models = SHAPE + SHAPE.replace("model m", "model n")
+    cluster = "cluster c { device d instance i on d engine sim model m kv_blocks 8\n"
+    cluster += "instance j on d engine sim model n kv_blocks 8 }\n"
+    requests = "".join(f'request "{index}" tokens 4\n' for index in range(50))
+    assert said(models + cluster + f"serve {{ {requests} }}").count("error:") == 20
+
+
+def test_a_prompt_without_a_token_is_refused(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    source = f'model m from "{tmp_path}"\n' + HERE + 'serve { request "a" prompt "" }\n'
+    assert "6:28: error: the prompt has no token" in said(source)
+
+
+def test_a_sample_may_not_be_called_as_another_request() -> None:
+    requests = 'request "a" tokens 4 samples 2 request "a#1" tokens 4'
+    assert "error: a second request 'a#1'" in said(SHAPE + HERE + f"serve {{ {requests} }}")
 
 
 def test_at_most_twenty_errors_are_said_at_once() -> None:

@@ -219,7 +219,7 @@ class TableMachine(RuleBasedStateMachine):
         if self.running:
             row = self.rows[data.draw(st.sampled_from(self.running))]
             before = int(self.table.remaining_tokens[row])
-            self.table.generated(row, 9)
+            self.table.generated([row], [9])
             expected = before if before == UNBOUNDED else before - 1
             assert self.table.remaining_tokens[row] == expected
 

@@ -180,6 +180,18 @@ def test_fifo_preempts_the_last_that_came_when_the_next_token_has_no_room():
     assert decision.verdict[0] != ADMIT
 
 
+def test_fifo_makes_room_for_older_kv_that_is_on_its_way_and_not_for_younger():
+    for arrival_us, leaving in (([1, 9], [1]), ([9, 1], [])):
+        running = Running.of(
+            ["coming", "here"],
+            arrival_us=arrival_us,
+            prompt_tokens=80,
+            computed_tokens=90,
+            arriving=[True, False],
+        )
+        assert fifo(Waiting.of([]), running).preempt_rows.tolist() == leaving
+
+
 def test_fifo_never_preempts_the_only_one():
     running = Running.of(["a"], prompt_tokens=70, computed_tokens=900)
     assert fifo(Waiting.of([]), running).preempt_rows.tolist() == []

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,9 +83,19 @@ def test_a_place_outside_the_memory_file_system_is_never_touched(place: str):
 
 def test_a_memory_file_system_that_is_full_is_named():
     side = open_channel("shared-memory", "p0")
-    with pytest.raises(ChannelError, match=r"no room for \d+ bytes of KV \(.*\); "):
+    with pytest.raises(ChannelError, match=r"no segment of \d+ bytes for KV \(.*\); "):
         side.allocate(1 << 60)
     assert not side._allocated
+
+
+def test_a_memory_file_system_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "gone")
+    with pytest.raises(
+        ChannelError, match=r"gone: no segment .*No such file or directory\); check"
+    ):
+        open_channel("shared-memory", "p0").allocate(64)
 
 
 def test_another_process_reads_and_frees_a_segment_without_a_word():

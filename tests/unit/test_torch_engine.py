@@ -115,6 +115,16 @@ def test_steps_with_nothing_to_do_are_skipped_and_not_run_empty(one):
     assert of(PlanDone, events) == [PlanDone(instance="i0", plan_id="plan")]
 
 
+def test_a_plan_without_steps_computes_nothing(one):
+    one.submit(both(chunks=(), num_steps=0), requests())
+    assert run(one) == [PlanDone(instance="i0", plan_id="plan")]
+
+
+def test_a_row_that_would_join_after_the_horizon_does_not(one):
+    one.submit(both(joins={"a": 9}, num_steps=4), requests())
+    assert {step.step for step in steps(run(one))} == {0, 1, 2, 3}
+
+
 def test_a_chunk_that_is_computed_already_is_not_computed_again(one):
     one.submit(both(chunks=[(0, "a", 0, 4)], decodes={}), requests())
     events = run(one)
@@ -378,6 +388,15 @@ def test_a_plan_reserves_its_blocks_and_gives_back_the_rest(one):
     one.submit(both(chunks=(), num_steps=1, kv_blocks={"a": 2, "b": 0}))
     run(one)
     assert one.residents.pool.num_used == 3
+
+
+def test_a_row_that_a_plan_does_not_name_keeps_its_kv_and_no_more(one):
+    one.submit(both(num_steps=1, kv_blocks={"a": 10, "b": 20}), requests())
+    run(one)
+    one.submit(plan("i0", {"b": 3}, decodes={"b": 4}, kv_blocks={"b": 5}))
+    run(one)
+    assert one.residents.pool.held(one.residents.rows["a"].slot) == 1
+    assert one.residents.pool.num_used == 6
 
 
 def test_a_row_without_room_waits_and_goes_on_when_there_is():

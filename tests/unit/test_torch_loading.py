@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,16 @@ def test_two_trainings_of_one_shape_have_different_kv_layouts(folder: Path):
     other = engine("i0", folder).capability().kv_layout
     spoil_tensors(folder, lambda t: t["model.norm.weight"].mul_(1.5))
     assert engine("i0", folder).capability().kv_layout != other
+
+
+def test_without_torch_the_engine_says_what_to_install():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from sagec.runtime.engines import EngineError, InstanceSpec, create\n"
+        "spec = InstanceSpec(id='i0', engine='torch', model='x', kv_blocks=1, block_tokens=1)\n"
+        "try:\n    create(spec)\nexcept EngineError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "instance 'i0': the torch engine needs torch; install it with: pip install 'sagec[torch]'\n"
+    )

@@ -4,6 +4,7 @@ A span is the tokens [begin, end) of one request; a decode is a span of one toke
 first, for they attend token by token; then the chunks, which attend a span at a time.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Span:
     """Tokens of one request, from position `begin` on; its blocks are in the pool, under slot."""
 
@@ -84,7 +85,7 @@ def build_batch(
     total = int(ends[-1])
     positions = np.arange(total) + np.repeat(begins - (ends - lengths), lengths)
     owners = np.repeat(slots, lengths)
-    tokens = np.fromiter((t for i in order for t in spans[i].tokens), np.int64, total)
+    tokens = np.fromiter(itertools.chain.from_iterable(spans[i].tokens for i in order), np.int64)
     blocks, offsets = np.divmod(positions, pool.block_tokens)
     kv_slots = pool.tables[owners, blocks] * np.int64(pool.block_tokens) + offsets
     num_short = int(lengths[lengths <= short_tokens].sum())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -207,8 +208,8 @@ def _one_line(error: Any) -> str:
 
 
 def _identity(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> str:
-    """A digest of the shape of the model and of a few elements of each tensor."""
-    digest = hashlib.sha256(repr(config).encode())
+    """A digest of all that KV depends on: the model's shape, and a few elements of each tensor."""
+    digest = hashlib.sha256(repr(msgspec.structs.replace(config, eos_tokens=())).encode())
     for name in sorted(tensors):
         flat = tensors[name].flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)].to(torch.float32)

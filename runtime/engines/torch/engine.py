@@ -206,9 +206,8 @@ class TorchEngine:
     def _reserve(self, running: RunningPlan) -> None:
         """Give back blocks that the plan does not reserve, then take those that it does."""
         rows = self._residents.rows
-        for id, blocks in running.kv_blocks.items():
-            if row := rows.get(id):
-                self._residents.release(row, blocks)
+        for resident in rows.values():
+            self._residents.release(resident, running.kv_blocks.get(resident.id, 0))
         computing = running.computing_ids
         for id, blocks in running.kv_blocks.items():
             if id in computing and (row := rows.get(id)):

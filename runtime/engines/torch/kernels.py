@@ -98,35 +98,33 @@ class TorchKernels:
         """Attend a chunk at a time: queries and out are [T, heads, head_dim]."""
         for chunk in chunks:
             states = kv.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context]
-            keys, values = states.permute(1, 2, 0, 3)[:, None]
-            attended = self._sdpa(
-                queries[None, chunk.first : chunk.last].transpose(1, 2), keys, values, chunk.mask
+            keys, values = self._for_groups(states.permute(1, 2, 0, 3))
+            asked = self._in_groups(queries[chunk.first : chunk.last]).permute(1, 2, 0, 3)
+            attended = F.scaled_dot_product_attention(
+                asked, keys, values, chunk.mask, is_causal=chunk.mask is None, scale=self._scale
             )
-            out[chunk.first : chunk.last] = attended[0].transpose(0, 1)
+            out[chunk.first : chunk.last] = attended.permute(2, 0, 1, 3).flatten(1, 2)
 
     def _attend_bucket(
         self, queries: torch.Tensor, kv: torch.Tensor, bucket: Bucket
     ) -> torch.Tensor:
+        """A token a request, so that the heads of a group can stand where tokens would."""
         count = len(bucket.tokens)
         states = kv.index_select(0, bucket.blocks).view(count, -1, *kv.shape[2:])
         keys, values = states.permute(2, 0, 3, 1, 4)
-        return self._sdpa(queries[:, :, None], keys, values, bucket.mask)[:, :, 0]
-
-    def _sdpa(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[n, heads, tokens, head_dim] by keys and values [n, kv_heads, context, head_dim]."""
-        group = self._config.heads // self._config.kv_heads
-        if group > 1:
-            keys = keys.repeat_interleave(group, dim=1)
-            values = values.repeat_interleave(group, dim=1)
-        return F.scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=mask is None, scale=self._scale
+        attended = F.scaled_dot_product_attention(
+            self._in_groups(queries), keys, values, bucket.mask, scale=self._scale
         )
+        return attended.flatten(1, 2)
+
+    def _in_groups(self, queries: torch.Tensor) -> torch.Tensor:
+        """[n, heads, head_dim] -> [n, kv_heads, heads of each, head_dim]."""
+        return queries.reshape(len(queries), self._config.kv_heads, -1, self._config.head_dim)
+
+    def _for_groups(self, states: torch.Tensor) -> torch.Tensor:
+        """[2, kv_heads, context, head_dim] -> the same for each head of a group, without a copy."""
+        group = self._config.heads // self._config.kv_heads
+        return states[:, :, None].expand(-1, -1, group, -1, -1)
 
     def _turn(self, states: torch.Tensor) -> torch.Tensor:
         """Rotate [T, heads, head_dim] by the angles of the step's positions."""

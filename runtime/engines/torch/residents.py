@@ -66,8 +66,9 @@ class Residents:
         self.pool.shrink(row.slot, max(blocks, filled))
 
     def make_room(self, row: Row, tokens: int) -> bool:
-        """Have blocks for the row's first `tokens` tokens, its KV in them; false where none are
-        free."""
+        """Have blocks for the row's first `tokens` tokens, its KV in them; false: none are free."""
+        if row.host_kv is None and tokens <= self.pool.held(row.slot) * self.pool.block_tokens:
+            return True
         if not self.pool.grow(row.slot, self.pool.blocks_for(max(tokens, row.computed))):
             return False
         if row.host_kv is not None:

@@ -9,7 +9,7 @@ from sagec.runtime.engines.torch.text import StopStrings
 from sagec.runtime.request import FinishReason, Request
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One resident request.
 

@@ -8,26 +8,25 @@ from sagec.runtime.engines.torch.row import Row
 from sagec.runtime.plan import ExecutionPlan
 
 
-@dataclass
+@dataclass(slots=True)
 class Pick:
-    """Tokens [begin, end) of a row, to be computed in one step."""
+    """Tokens [begin, end) of a row, to be computed in one step.
+
+    is_decode: whether this is one token, the last one sampled.
+    """
 
     row: Row
     begin: int
     end: int
+    is_decode: bool
 
     @property
     def samples(self) -> bool:
         """Whether the row's next token can be sampled after this."""
         return self.end == len(self.row.tokens)
 
-    @property
-    def is_decode(self) -> bool:
-        """Whether this is one token, the last one sampled."""
-        return self.row.decodes
 
-
-@dataclass
+@dataclass(slots=True)
 class Membership:
     """A row of the plan's decode table."""
 
@@ -38,8 +37,10 @@ class Membership:
 
     def admits(self, row: Row) -> bool:
         """Whether the row, which is here, has its prompt computed and tokens left to decode."""
-        ready = row.computed >= self.prompt_tokens or row.decodes
-        return ready and row.pending > 0 and row.computed < self.until_tokens
+        computed = row.computed
+        if computed >= self.until_tokens or computed >= len(row.tokens):
+            return False
+        return computed >= self.prompt_tokens or row.decodes
 
 
 @dataclass
@@ -72,6 +73,7 @@ class RunningPlan:
             Membership(ids[row], begin, until, prompt)
             for row, begin, until, prompt in zip(*(c.tolist() for c in columns), strict=True)
         ]
+        self._starts = sorted({*chunks.step.tolist(), *decodes.begin_step.tolist()})
         self._joined: list[Membership] = []
         self.imported_ids = {ids[row] for row in plan.imports.row.tolist()}
         self.computing_ids = {ids[row] for row in (*chunks.row.tolist(), *decodes.row.tolist())}
@@ -79,7 +81,10 @@ class RunningPlan:
 
     def next_picks(self, residents: Residents) -> list[Pick]:
         """What the next step that has anything to do computes; `step` goes there. Empty: none."""
-        for step in range(self.step, self.plan.num_steps):
+        later = (start for start in self._starts if start > self.step)
+        for step in (self.step, *later):
+            if step >= self.plan.num_steps:
+                break
             picks: dict[str, Pick] = {}
             self._pick_chunks(step, residents, picks)
             self._pick_decodes(step, residents, picks)
@@ -105,7 +110,7 @@ class RunningPlan:
             elif earlier:
                 earlier.end = end
             else:
-                picks[id] = Pick(row, computed, end)
+                picks[id] = Pick(row, computed, end, row.decodes)
 
     def _pick_decodes(self, step: int, residents: Residents, picks: dict[str, Pick]) -> None:
         """Rows of the batch first, then late ones, while the step's token budget lasts."""
@@ -121,7 +126,7 @@ class RunningPlan:
                 continue
             end = min(len(row.tokens), member.until_tokens, row.computed + budget)
             if self._has_room(residents, row, end):
-                picks[member.id] = Pick(row, row.computed, end)
+                picks[member.id] = Pick(row, row.computed, end, row.decodes)
                 budget -= end - row.computed
                 joining.append(member)
         self._join(joining)

@@ -1,0 +1,91 @@
+"""Devices, switches and links of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sagec.diagnostics import there_are
+from sagec.language import syntax
+from sagec.language.errors import Errors
+from sagec.language.models import Scalars, scalars_of
+from sagec.language.syntax import Word
+
+MOST_LINKS = 65536
+"""That one statement may stand for."""
+
+# Class figures of the makers' data sheets: memory in GiB, dense bf16 arithmetic, memory bandwidth.
+DEVICE_KINDS: dict[str, tuple[int, float, float]] = {
+    "cpu": (16, 1e12, 2e10),
+    "a10": (24, 1.25e14, 6e11),
+    "a100": (80, 3.12e14, 2.04e12),
+    "b200": (180, 2.25e15, 8e12),
+    "h100": (80, 9.9e14, 3.35e12),
+    "h200": (141, 9.9e14, 4.8e12),
+    "l4": (24, 1.21e14, 3e11),
+    "l40s": (48, 3.62e14, 8.64e11),
+    "mi300x": (192, 1.3e15, 5.3e12),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device; like: the first of its statement, whose scalars it shares."""
+
+    at: Word
+    begin: int
+    scalars: Scalars
+    like: str | None
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.scalars["memory_bytes"])
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link between two devices or switches."""
+
+    source: str
+    target: str
+    begin: int
+    scalars: Scalars
+
+
+def resolve_devices(device: syntax.Device, errors: Errors) -> list[Device]:
+    """The devices of a statement, each with the figures of its kind and its own."""
+    said = scalars_of(device.settings)
+    kind = str(said.get("kind", "cpu"))
+    needed = ("memory_bytes", "flops_per_s", "bytes_per_s")
+    scalars: Scalars = {"kind": kind}
+    if (known := DEVICE_KINDS.get(kind)) is not None:
+        scalars |= {needed[0]: known[0] << 30, needed[1]: known[1], needed[2]: known[2]}
+    elif not all(name in said for name in needed):
+        hint = f"{there_are(kind, DEVICE_KINDS)}; or say memory, flops and bandwidth"
+        errors.at(device.settings["kind"], f"no device kind '{kind}'", hint)
+    scalars |= said
+    first = device.names[0].text
+    return [
+        Device(name, device.begin, scalars, first if name.text != first else None)
+        for name in device.names
+    ]
+
+
+def resolve_links(link: syntax.Link, cluster: syntax.Cluster, errors: Errors) -> Iterator[Link]:
+    """The links of a statement: each of its sources with each of its targets."""
+    places = [word.text for device in cluster.devices for word in device.names]
+    places += [word.text for switch in cluster.switches for word in switch.names]
+    known, sources = set(places), {word.text for word in link.sources}
+    for end in (*link.sources, *link.targets):
+        if end.text not in known:
+            errors.at(end, f"no device or switch '{end.text}'", there_are(end.text, places))
+    for end in link.targets:
+        if end.text in sources:
+            errors.at(end, f"'{end.text}' is on both ends of the link", "name two places")
+    if (count := len(link.sources) * len(link.targets)) > MOST_LINKS:
+        errors.at(link.sources[0], f"{count} links", f"at most {MOST_LINKS}: use a switch")
+        return
+    scalars = scalars_of(link.settings)
+    for source in link.sources:
+        for target in link.targets:
+            yield Link(source.text, target.text, link.begin, scalars)
