@@ -155,7 +155,12 @@ class _LikeSymbol(_Symbol):
 class ModelOp(_LikeSymbol):
     """A model's shape, which decides its memory, its KV and its time.
 
-    `cluster.model @tiny {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, ...}`
+    `cluster.model @tiny {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32,
+      ffn = 688, vocab = 1024, dtype = "bf16"}`
+
+    What one that is like another does not say, the other says:
+
+    `cluster.model @long like @tiny {max_context = 1048576}`
     """
 
     name = "cluster.model"

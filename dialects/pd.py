@@ -79,11 +79,11 @@ from sagec.dialects.scalars import (
     verify_scalars,
 )
 from sagec.dialects.text import TextOp, parse_operands, resolve_typed, type_above
+from sagec.runtime.plan import MODES
 
 UNBOUNDED = 2**31 - 1
 """generate and remaining of a request that goes on until it stops."""
 
-MODES = ("strict", "time-share", "hybrid")
 PHASES = ("prefill", "decode")
 VERDICTS = ("admit", "defer", "reject", "preempt", "swap")
 ADMIT, DEFER, REJECT, PREEMPT, SWAP = range(5)
@@ -276,7 +276,13 @@ _GRAPH_SCALARS: Scalars = (
 class GraphOp(TextOp):
     """A serving graph: one decision of a strategy, or a whole file of requests.
 
-    `pd.graph @round_42 {policy = "fifo", mode = "hybrid", now = 1834000, horizon = 16} { ... }`
+    `pd.graph @round_42 {policy = "fifo", mode = "hybrid", now = 1834000, horizon = 16} {
+      %w = pd.requests ["chat-1": prompt 1024]
+      %kv = pd.prefill %w
+      pd.yield %kv
+    }`
+
+    A graph that gives nothing need not say pd.yield.
 
     What passes note for people stands behind it: `attributes {placement = "..."}`.
     """
@@ -356,7 +362,10 @@ _PHASE_SCALARS: Scalars = (
 class PhaseOp(TextOp):
     """A sub-graph of one phase, with the resources that it needs.
 
-    `%kv = pd.phase prefill {compute_tokens = 1120} { ... pd.yield %0 : !pd.kv<2> } : !pd.kv<2>`
+    `%kv = pd.phase prefill {compute_tokens = 1120} {
+      %p = pd.prefill %w : !pd.kv<2>
+      pd.yield %p
+    } : !pd.kv<2>`
     """
 
     name = "pd.phase"

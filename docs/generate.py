@@ -10,9 +10,11 @@ import argparse
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from xdsl.ir import Dialect, Operation
 from xdsl.irdl import IRDLOperation
@@ -30,9 +32,15 @@ HEAD = """\
 Written by `make docs` from the docstrings and tables in `dialects/`; a change here is lost.
 
 Requests travel as tables: one op, one value, a row a request, a column a field. In text a row is a
-line, `"id": field value ...`, and a field stands where it differs from its default. Above 1024
-rows a table prints as its columns. Every op also has MLIR's generic form
-(`sagec opt --print-op-generic`).
+line, `"id": field value ...`, and a field stands where it differs from its default; the fields of a
+row may stand in any order. Above 1024 rows a table prints as its columns,
+`{ids = #pd.names<...>, prompt = #pd.column<...>}`, and may always be written so.
+
+The type of an operand, `: !pd.wave<2>`, may be left out where the value is defined above. Names of
+symbols hold letters, digits, `_`, `$` and `.`; others stand in quotes: `@"rack-7"`. Times are in
+microseconds. Attributes that an op does not know stand at its end, `attributes {note = 1}`, and
+stay. Every op also has MLIR's generic form (`sagec opt --print-op-generic`), which real MLIR reads
+(`mlir-opt --allow-unregistered-dialect`).
 """
 
 
@@ -72,12 +80,15 @@ def _dialect(dialect: Dialect) -> Iterator[str]:
 def _operation(operation: type[Operation]) -> Iterator[str]:
     assert issubclass(operation, IRDLOperation)
     yield f"### {operation.name}\n"
-    yield f"{inspect.getdoc(operation)}\n"
+    yield f"{_shown_examples(inspect.getdoc(operation) or '')}\n"
     definition = operation.get_irdl_definition()
+    tables = {"ids", *(f.name for f in getattr(operation, "FIELDS", ()))}
+    tables |= {scalar.name for scalar in getattr(operation, "SCALARS", ())}
     parts = (
-        ("operands", [name for name, _ in definition.operands]),
-        ("results", [name for name, _ in definition.results]),
-        ("regions", [name for name, _ in definition.regions]),
+        ("operands", [_typed(name, of.constr) for name, of in definition.operands]),
+        ("results", [_typed(name, of.constr) for name, of in definition.results]),
+        ("regions", [f"`{name}`" for name, _ in definition.regions]),
+        ("properties", [f"`{name}`" for name in definition.properties if name not in tables]),
     )
     told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
     if told:
@@ -86,6 +97,24 @@ def _operation(operation: type[Operation]) -> Iterator[str]:
         yield from _scalars(scalars)
     if fields := getattr(operation, "FIELDS", ()):
         yield from _fields(fields)
+
+
+EXAMPLE = re.compile(r"\s*`((?:%\w+ = )?(?:pd|kv|cluster)\.\w+ [^`]+)`(?=\n\n|$)")
+"""An op at the end of a paragraph of its docstring."""
+
+
+def _shown_examples(text: str) -> str:
+    """The docstring with its examples as blocks of their own."""
+    return EXAMPLE.sub(lambda found: f"\n\n```mlir\n{found[1]}\n```", text)
+
+
+def _typed(name: str, constraint: Any) -> str:
+    """A value's name with the types that it may have, where they are few."""
+    while hasattr(constraint, "constr"):
+        constraint = constraint.constr
+    bases = constraint.get_bases() if hasattr(constraint, "get_bases") else None
+    types = " or ".join(sorted(f"`!{base.name}`" for base in bases or ()))
+    return f"`{name}` {types}".rstrip()
 
 
 def _scalars(scalars: Scalars) -> Iterator[str]:
@@ -114,6 +143,8 @@ def _fields(fields: Fields) -> Iterator[str]:
         value = field.kind.value
         if field.choices:
             value = " or ".join(f"`{choice}`" for choice in field.choices)
+        if field.least is not None:
+            value = f"{value}, {field.least} or more"
         default = "required" if field.required else "none"
         if not field.required and field.kind is Kind.INT:
             default = f"`{field.default}`"

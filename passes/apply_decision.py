@@ -199,9 +199,7 @@ def _insert_before(new: Operation, op: Operation) -> None:
 # Residents
 
 
-def _preempted(
-    decide: pd.DecideOp, _: pd.RequestsOp | pd.ResidentOp, rows: Ints
-) -> SSAValue:
+def _preempted(decide: pd.DecideOp, _: pd.RequestsOp | pd.ResidentOp, rows: Ints) -> SSAValue:
     """The residents that go on; the preempted leave their instance."""
     verdicts = decide.column("verdict")
     if not np.isin(verdicts, (pd.ADMIT, pd.PREEMPT, pd.SWAP)).all():

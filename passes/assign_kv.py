@@ -41,23 +41,32 @@ class AssignKVPass(ModulePass):
 
 def assign(graph: pd.GraphOp, topology: Topology) -> None:
     """Preempt what does not fit, then write a kv.reserve for each instance with work."""
-    for work in work_of(graph, topology):
+    works = work_of(graph, topology)
+    preempted = False
+    for work in works:
         _check_fits(work, graph)
         if (victims := _victims(work)).size:
             _preempt(graph, work, victims)
-    for reserve in [op for op in graph.body.block.ops if isinstance(op, kv.ReserveOp)]:
-        Rewriter.erase_op(reserve)
-    last = graph.body.block.last_op
-    for work in work_of(graph, topology):
-        assert last is not None
-        graph.body.block.insert_op_before(_reserve(work), last)
+            preempted = True
+    block = graph.body.block
+    for op in flow.ops_of_block(block):
+        if type(op) is kv.ReserveOp:
+            Rewriter.erase_op(op)
+    last = block.last_op
+    assert last is not None
+    for work in work_of(graph, topology) if preempted else works:
+        block.insert_op_before(_reserve(work), last)
 
 
 def _check_fits(work: Work, graph: pd.GraphOp) -> None:
     """Raise PassError for a request that can never have the KV it needs."""
     instance = work.instance
-    needs = -(-work.whole // instance.block_tokens)
-    if needs.size and needs.max() > instance.kv_blocks:
+    room = instance.kv_blocks * instance.block_tokens
+    if int(work.prompt.max()) + int(work.generate.max()) <= room:
+        return
+    whole = work.whole
+    if whole.max() > room:
+        needs = -(-whole // instance.block_tokens)
         row = int(needs.argmax())
         raise PassError(
             f"{quoted(work.names[row])} needs {needs[row]} KV blocks for {work.whole[row]} tokens, "
@@ -69,6 +78,8 @@ def _check_fits(work: Work, graph: pd.GraphOp) -> None:
 
 def _victims(work: Work) -> Ints:
     """Rows that decode already and must leave: the last ones, as many as it takes."""
+    if work.blocks.sum() <= work.instance.kv_blocks:
+        return flow.zeros(0)
     held = np.flatnonzero(~work.awaited & (work.held >= work.prompt))
     started = np.flatnonzero((work.held > 0) & (work.held < work.prompt))
     room = work.instance.kv_blocks - int(work.blocks[started].sum())

@@ -40,8 +40,20 @@ class ChunkPrefillPass(ModulePass):
 def chunk(prefill: pd.PrefillOp, tokens: int) -> None:
     """Write the bounds of each row's chunks into `prefill`."""
     rows = flow.table(prefill.wave)
-    most = np.where(rows.chunk > 0, rows.chunk, prefill.chunk_tokens or tokens)
-    prefill.bounds = bounds_of(rows.computed + rows.cached, rows.prompt, most)
+    most = prefill.chunk_tokens or tokens
+    begin = rows.computed + rows.cached
+    if most or rows.chunk.any():
+        bounds = bounds_of(begin, rows.prompt, np.where(rows.chunk > 0, rows.chunk, most))
+    else:
+        bounds = whole(begin, rows.prompt)
+    prefill.properties["bounds"] = bounds
+
+
+def whole(begin: Ints, end: Ints) -> ListsAttr:
+    """The bounds of prompts that are one chunk each."""
+    values = np.empty(2 * len(begin), np.int64)
+    values[0::2], values[1::2] = begin, end
+    return ListsAttr.from_offsets(np.arange(0, 2 * len(begin) + 1, 2), values)
 
 
 def bounds_of(begin: Ints, end: Ints, most: Ints) -> ListsAttr:

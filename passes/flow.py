@@ -7,7 +7,7 @@ the value comes from and is as immutable as their attributes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,7 +100,8 @@ def _flags(value: bool, rows: int) -> Bools:
 
 
 @functools.lru_cache(64)
-def _nowhere(rows: int) -> WordsAttr:
+def nowhere(rows: int) -> WordsAttr:
+    """A column of rows that have no place."""
     return WordsAttr.same(NOWHERE, rows)
 
 
@@ -110,24 +111,24 @@ def table(value: SSAValue) -> Table:
     Raises PassError where the value comes from no op of the dialects.
     """
     op = value.owner
-    kind = type(op)
-    if kind is pd.PhaseOp:
-        assert isinstance(op, pd.PhaseOp) and isinstance(value, OpResult)
+    if isinstance(op, Block):
+        raise PassError("a block argument carries no requests; graphs have none")
+    before = [table(operand) for operand in op._operands]
+    key = (*op.properties.values(), *before)
+    # Kept with the op, so that it goes when the op goes; in line, for a round asks fifty times.
+    known: tuple[tuple[object, ...], Table] | None = op.__dict__.get("_table")
+    if known is not None and known[0] == key:
+        return known[1]
+    if isinstance(op, pd.PhaseOp):
+        assert isinstance(value, OpResult)
         last = op.body.block.last_op
         assert last is not None
         return table(last.operands[value.index])
-    if (make := _MAKERS.get(kind)) is None:
-        if isinstance(op, Block):
-            raise PassError("a block argument carries no requests; graphs have none")
+    if (make := _MAKERS.get(type(op))) is None:
         raise PassError(f"{op.name} gives no requests", op)
-    assert isinstance(op, Operation)
-    before = [table(operand) for operand in op._operands]
-    key = (*op.properties.values(), *before)
-    # Kept with the op, so that it goes when the op goes.
-    known: tuple[tuple[object, ...], Table] | None = op.__dict__.get("_table")
-    if known is None or known[0] != key:
-        op.__dict__["_table"] = known = (key, make(op, before))
-    return known[1]
+    made = make(op, before)
+    op.__dict__["_table"] = (key, made)
+    return made
 
 
 def joined(tables: list[Table]) -> Table:
@@ -158,6 +159,8 @@ _NO_COLUMNS: dict[str, Any] = {
 
 def joined_words(columns: list[WordsAttr]) -> WordsAttr:
     """One column of several, in their order."""
+    if len(columns) == 1:
+        return columns[0]
     if len({column.words for column in columns}) == 1:
         return WordsAttr.of(columns[0].words, np.concatenate([c.codes for c in columns]))
     words: dict[str, int] = {}
@@ -168,12 +171,29 @@ def joined_words(columns: list[WordsAttr]) -> WordsAttr:
     return WordsAttr.of(tuple(words), np.concatenate(codes) if codes else np.zeros(0, np.int64))
 
 
+def compact(words: Sequence[str], codes: Ints) -> WordsAttr:
+    """The column of `words[codes]`, without the words that no row has."""
+    if not codes.size:
+        return nowhere(0)
+    first = codes[0]
+    if len(words) == 1 or (codes == first).all():
+        return WordsAttr.same(words[int(first)], len(codes))
+    used = np.bincount(codes, minlength=len(words)) > 0
+    kept = [words[word] for word in used.nonzero()[0].tolist()]
+    return WordsAttr.of(kept, (used.cumsum() - 1)[codes])
+
+
 def placed(words: WordsAttr, rows: Ints, place: WordsAttr) -> WordsAttr:
     """`words` with the rows `rows` replaced by those of `place`."""
-    both = joined_words([words, place])
-    codes = both.codes[: len(words)].copy()
-    codes[rows] = both.codes[len(words) :]
-    return WordsAttr.of(both.words, codes)
+    number = {word: code for code, word in enumerate(words.words)}
+    every = list(words.words)
+    for word in place.words:
+        if number.setdefault(word, len(every)) == len(every):
+            every.append(word)
+    codes = words.codes.copy()
+    if rows.size:
+        codes[rows] = np.array([number[word] for word in place.words], np.int64)[place.codes]
+    return WordsAttr.of(every, codes)
 
 
 def _source(
@@ -210,9 +230,9 @@ _REQUEST_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "chunk": ("chunk", zeros),
     "resident": ("", _none),
     "arriving": ("", _none),
-    "place": ("on", _nowhere),
-    "decode_place": ("decode_on", _nowhere),
-    "model": ("model", _nowhere),
+    "place": ("on", nowhere),
+    "decode_place": ("decode_on", nowhere),
+    "model": ("model", nowhere),
 }
 _RESIDENT_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "prompt": ("context", zeros),
@@ -222,9 +242,9 @@ _RESIDENT_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "deadline": ("deadline", zeros),
     "chunk": ("", zeros),
     "resident": ("", functools.partial(_flags, True)),
-    "place": ("on", _nowhere),
-    "decode_place": ("on", _nowhere),
-    "model": ("model", _nowhere),
+    "place": ("on", nowhere),
+    "decode_place": ("on", nowhere),
+    "model": ("model", nowhere),
 }
 
 
@@ -285,9 +305,11 @@ def rows_named(requests: Table, op: pd.TableOp) -> Ints:
     """
     if op.names is requests.names:
         return np.arange(len(requests))
-    # Most ops name requests that do not decode yet, and those are few.
-    fresh = np.flatnonzero(~requests.resident).tolist()
-    index = {requests.names[row]: row for row in fresh}
+    # Most ops name the requests that do not decode yet, and those are few.
+    fresh = (~requests.resident).nonzero()[0]
+    index = {requests.names[row]: row for row in fresh.tolist()}
+    if op.names == tuple(index):
+        return fresh
     if not all(name in index for name in op.names):
         index = {name: row for row, name in enumerate(requests.names)}
     rows = [index.get(name) for name in op.names]

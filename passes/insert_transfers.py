@@ -16,6 +16,7 @@ from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr, quote
 from sagec.dialects.rows import symbol
 from sagec.passes import flow
 from sagec.passes.errors import PassError
+from sagec.passes.flow import NOWHERE
 from sagec.passes.topology import Link, Path, Topology, topology_of
 
 
@@ -71,10 +72,17 @@ def insert(decode: pd.DecodeOp, on: WordsAttr, topology: Topology, busy: dict[Li
 
 def _crossing(place: WordsAttr, on: WordsAttr) -> Ints:
     """Rows that are in one place and decode on another."""
-    both = flow.joined_words([place, on])
-    here, there = both.codes[: len(place)], both.codes[len(place) :]
-    known = np.array([bool(word) for word in both.words], np.bool_)
-    return np.flatnonzero((here != there) & known[here] & known[there])
+    number: dict[str, int] = {}
+    here, there = (
+        np.array([number.setdefault(word, len(number)) for word in column.words] or [0])[
+            column.codes
+        ]
+        for column in (place, on)
+    )
+    moves = here != there
+    if NOWHERE in number:
+        moves &= (here != number[NOWHERE]) & (there != number[NOWHERE])
+    return moves.nonzero()[0]
 
 
 @dataclass(frozen=True)
@@ -111,20 +119,19 @@ def _moves(
     routes: list[_Route], rows: flow.Table, busy: dict[Link, float]
 ) -> tuple[Ints, Ints, WordsAttr]:
     """Bytes, microseconds and path of each row, in order: on a link the earlier rows go first."""
-    size, us = np.zeros(len(rows)), np.zeros(len(rows))
     via = np.zeros(len(rows), np.int64)
-    for number, route in enumerate(routes):
-        size[route.rows] = rows.prompt[route.rows] * route.bytes_per_token
-        us[route.rows] = route.path.transfer_us(size[route.rows])
+    for number, route in enumerate(routes[1:], 1):
         via[route.rows] = number
+    bytes_per_token, latency_us, bytes_per_s = np.array(
+        [(r.bytes_per_token, r.path.latency_us, r.path.bytes_per_s) for r in routes]
+    ).T[:, via]
+    size = rows.prompt * bytes_per_token
+    us = latency_us + 1e6 * size / bytes_per_s
     for link in dict.fromkeys(link for route in routes for link in route.path.links):
-        sharing = [route for route in routes if link in route.path.links]
-        shared = np.sort(np.concatenate([route.rows for route in sharing]))
+        sharing = [number for number, route in enumerate(routes) if link in route.path.links]
+        shared = slice(None) if len(sharing) == len(routes) else np.isin(via, sharing)
         before = np.cumsum(size[shared]) + busy[link]
         busy[link] = float(before[-1])
-        latency = np.zeros(len(rows))
-        for route in sharing:
-            latency[route.rows] = route.path.latency_us
-        us[shared] = np.maximum(us[shared], latency[shared] + 1e6 * before / link.bytes_per_s)
+        us[shared] = np.maximum(us[shared], latency_us[shared] + 1e6 * before / link.bytes_per_s)
     paths = tuple("-".join(route.path.places) for route in routes)
     return size.astype(np.int64), np.round(us).astype(np.int64), WordsAttr.of(paths, via)

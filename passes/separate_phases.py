@@ -8,11 +8,13 @@ from typing import Literal
 
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Attribute, Block, Operation, Region
 from xdsl.passes import ModulePass
 
 from sagec.dialects import pd
+from sagec.dialects.columns import Ints
+from sagec.dialects.scalars import int_attr
 from sagec.passes import flow
 from sagec.passes.errors import PassError
 from sagec.passes.topology import Topology, topology_of
@@ -96,17 +98,17 @@ def _needs(
     kv_bytes = {model.kv_bytes_per_token() for model in topology.models.values()}
     size = int(held * kv_bytes.pop()) if len(kv_bytes) == 1 else 0
     needs = {"compute_tokens": compute, "kv_tokens": held, "kv_bytes": size}
-    return {name: IntegerAttr(value, i64) for name, value in needs.items()}
+    return {name: int_attr(value) for name, value in needs.items()}
 
 
 UNBOUNDED_STEPS = 256
 """Steps planned for a request that goes on until it stops, where nobody gave a horizon."""
 
 
-def decode_tokens(rows: flow.Table, horizon: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def decode_tokens(rows: flow.Table, horizon: int) -> Ints:
     """Tokens that each row decodes within `horizon` steps (0: all): its first is prefill's."""
-    remaining = np.where(rows.resident, rows.generate, rows.generate - 1)
-    bound = horizon or UNBOUNDED_STEPS
-    return np.where(
-        (rows.generate >= pd.UNBOUNDED) | bool(horizon), np.minimum(remaining, bound), remaining
-    )
+    remaining = rows.generate - ~rows.resident
+    if horizon:
+        return np.minimum(remaining, horizon)
+    unbounded = rows.generate >= pd.UNBOUNDED
+    return np.where(unbounded, np.minimum(remaining, UNBOUNDED_STEPS), remaining)

@@ -17,7 +17,7 @@ from sagec.dialects.rows import symbol
 from sagec.dialects.scalars import Value, value_of
 from sagec.passes.errors import PassError
 from sagec.passes.flow import ops_of_block
-from sagec.passes.recent import Recent
+from sagec.passes.recent import recent
 from sagec.runtime.cost import StepCost
 
 _DTYPE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
@@ -232,7 +232,6 @@ _Way = tuple[float, tuple[str, ...], tuple[Link, ...]]
 """Microseconds, places and links of a way."""
 
 _KINDS = {cluster.ModelOp, cluster.DeviceOp, cluster.SwitchOp, cluster.LinkOp, cluster.InstanceOp}
-_recent: Recent[Topology] = Recent()
 
 
 def topology_of(module: ModuleOp) -> Topology:
@@ -242,7 +241,7 @@ def topology_of(module: ModuleOp) -> Topology:
     """
     ops = [op for op in ops_of_block(module.body.block) if type(op) in _KINDS]
     key = (*ops, *itertools.chain.from_iterable([op.properties.values() for op in ops]))
-    return _recent.answer(module, key, lambda: _topology(ops))
+    return recent(module, "_topology", key, lambda: _topology(ops))
 
 
 def _topology(ops: list[Operation]) -> Topology:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import numpy as np
-from xdsl.ir import Operation
 
 from sagec.dialects import pd
 from sagec.dialects.columns import Ints, ListsAttr, WordsAttr
 from sagec.passes import flow
-from sagec.passes.chunk_prefill import bounds_of
+from sagec.passes.chunk_prefill import whole
 from sagec.passes.errors import PassError
 from sagec.passes.flow import Bools
-from sagec.passes.recent import Recent
+from sagec.passes.recent import recent
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Topology
 
@@ -25,8 +25,8 @@ class Work:
 
     prompt: tokens to compute before the first is sampled; of a resident, its context. held: how
     many of them have KV here, or in its prefix cache (cached), before step 0. decodes: tokens to
-    decode here within the horizon; 0 where the row decodes elsewhere. whole: all the KV that it
-    may ever have here. bounds: the chunks of each prefilled row. source, target: the instance its
+    decode here within the horizon; 0 where the row decodes elsewhere. generate: tokens to decode
+    at all. bounds: the chunks of each prefilled row. source, target: the instance its
     KV comes from, or goes to after its prefill. transfer_us: how long that takes. awaited: rows
     whose KV is not here yet and is not computed here.
     """
@@ -38,7 +38,7 @@ class Work:
     held: Ints
     cached: Ints
     decodes: Ints
-    whole: Ints
+    generate: Ints
     deadline: Ints
     bounds: ListsAttr
     source: WordsAttr
@@ -51,6 +51,12 @@ class Work:
         """Blocks that each row needs within the horizon."""
         return -(-(self.prompt + self.decodes) // self.instance.block_tokens)
 
+    @functools.cached_property
+    def whole(self) -> Ints:
+        """All the tokens of KV that each row may ever have here."""
+        bounded = np.where(self.generate >= pd.UNBOUNDED, self.decodes, self.generate)
+        return self.prompt + np.where(self.decodes > 0, bounded, 0)
+
 
 @dataclass(frozen=True, eq=False)
 class _Side:
@@ -61,7 +67,13 @@ class _Side:
     tokens: Ints
 
 
-_recent: Recent[tuple[Work, ...]] = Recent()
+@dataclass(frozen=True)
+class _Moves:
+    """The rows that transfers bring, the instance that each leaves, and how long it takes."""
+
+    names: tuple[str, ...] = ()
+    source: WordsAttr = dataclasses.field(default_factory=lambda: flow.nowhere(0))
+    us: Ints = dataclasses.field(default_factory=lambda: flow.zeros(0))
 
 
 def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
@@ -70,118 +82,134 @@ def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
     Made again only when an op that bears on it has changed. Raises PassError where an op names an
     instance that the module does not have, or a row has no place.
     """
-    ops = [op for op in flow.ops_in(graph) if type(op) in _BEARING]
-    key = (topology, graph.number("horizon"), *[part for op in ops for part in _parts(op)])
-    return _recent.answer(graph, key, lambda: _work(graph, ops, topology))
+    prefills: dict[pd.PrefillOp, flow.Table] = {}
+    decodes: dict[pd.DecodeOp, flow.Table] = {}
+    transfers: list[pd.TransferOp] = []
+    for op in flow.ops_in(graph):
+        match op:
+            case pd.PrefillOp():
+                prefills[op] = flow.table(op._operands[0])
+            case pd.DecodeOp():
+                decodes[op] = flow.table(op._operands[0])
+            case pd.TransferOp():
+                transfers.append(op)
+    key: list[object] = [topology, graph.number("horizon"), *prefills.values(), *decodes.values()]
+    for op in (*prefills, *decodes, *transfers):
+        key.extend((op, *op.properties.values()))
+    return recent(
+        graph,
+        "_work",
+        tuple(key),
+        lambda: _work(graph.number("horizon"), prefills, decodes, transfers, topology),
+    )
 
 
-_BEARING = {pd.PrefillOp, pd.DecodeOp, pd.TransferOp}
-
-
-def _parts(op: Operation) -> tuple[object, ...]:
-    return (op.name, flow.table(op.operands[0]), *op.properties.values())
-
-
-def _work(graph: pd.GraphOp, ops: list[Operation], topology: Topology) -> tuple[Work, ...]:
-    prefills, bounds = _prefills([op for op in ops if type(op) is pd.PrefillOp])
-    decodes = _decodes([op for op in ops if type(op) is pd.DecodeOp], graph.number("horizon"))
-    _check_names([op for op in ops if type(op) is not pd.TransferOp], topology)
-    splitter = _Splitter(prefills, bounds, decodes, _transfers(ops))
+def _work(
+    horizon: int,
+    prefills: dict[pd.PrefillOp, flow.Table],
+    decodes: dict[pd.DecodeOp, flow.Table],
+    transfers: list[pd.TransferOp],
+    topology: Topology,
+) -> tuple[Work, ...]:
+    before, bounds = _prefills(prefills, topology)
+    after = _decodes(decodes, horizon, topology)
+    splitter = _Splitter(before, bounds, after, _moves(transfers))
     works = [splitter.work(instance) for instance in topology.instances]
     return tuple(work for work in works if len(work.names))
 
 
-def _prefills(ops: list[pd.PrefillOp]) -> tuple[_Side, ListsAttr]:
-    tables = [flow.table(op.wave) for op in ops]
-    on = flow.joined_words([_place(op, op.on) for op in ops])
-    rows = flow.joined(tables)
+def _prefills(ops: dict[pd.PrefillOp, flow.Table], topology: Topology) -> tuple[_Side, ListsAttr]:
+    on = flow.joined_words([_place(op, topology) for op in ops])
+    rows = flow.joined([*ops.values()])
     bounds = [
-        op.bounds or bounds_of(t.computed + t.cached, t.prompt, np.zeros(len(t), np.int64))
-        for op, t in zip(ops, tables, strict=True)
+        said
+        if isinstance(said := op.properties.get("bounds"), ListsAttr)
+        else whole(t.computed + t.cached, t.prompt)
+        for op, t in ops.items()
     ]
-    return _Side(rows, on, np.zeros(len(rows), np.int64)), _joined_lists(bounds)
+    return _Side(rows, on, flow.zeros(len(rows))), _joined_lists(bounds)
 
 
-def _decodes(ops: list[pd.DecodeOp], horizon: int) -> _Side:
-    tables = [flow.table(op.kv) for op in ops]
-    on = flow.joined_words([_place(op, op.on) for op in ops])
-    tokens = [decode_tokens(t, op.max_steps or horizon) for op, t in zip(ops, tables, strict=True)]
-    return _Side(flow.joined(tables), on, np.concatenate([*tokens, np.zeros(0, np.int64)]))
+def _decodes(ops: dict[pd.DecodeOp, flow.Table], horizon: int, topology: Topology) -> _Side:
+    on = flow.joined_words([_place(op, topology) for op in ops])
+    tokens = [decode_tokens(t, op.max_steps or horizon) for op, t in ops.items()]
+    tokens = tokens if len(tokens) == 1 else [np.concatenate([*tokens, flow.zeros(0)])]
+    return _Side(flow.joined([*ops.values()]), on, tokens[0])
 
 
-def _place(op: Operation, on: WordsAttr | None) -> WordsAttr:
-    if on is None:
+def _place(op: pd.PrefillOp | pd.DecodeOp, topology: Topology) -> WordsAttr:
+    """Where the op's rows are. Raises PassError for a row without a place, or in none there is."""
+    on = op.properties.get("on")
+    if not isinstance(on, WordsAttr):
         raise PassError(f"{op.name} has no place; run select-device first, or say `on`", op)
+    for code, name in enumerate(on.words):
+        # A column may have words that no row uses.
+        if name not in topology.by_name and (on.codes == code).any():
+            topology.instance(name, op)
     return on
-
-
-def _check_names(ops: list[pd.PrefillOp | pd.DecodeOp], topology: Topology) -> None:
-    for op in ops:
-        if op.on is None:
-            continue
-        for code, name in enumerate(op.on.words):
-            # A column may have words that no row uses.
-            if name not in topology.by_name and (op.on.codes == code).any():
-                topology.instance(name, op)
 
 
 def _joined_lists(lists: list[ListsAttr]) -> ListsAttr:
     if len(lists) == 1:
         return lists[0]
-    values = np.concatenate([np.zeros(0, np.int64), *(part.values for part in lists)])
-    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.offsets) for part in lists)])
+    values = np.concatenate([flow.zeros(0), *(part.values for part in lists)])
+    lengths = np.concatenate([flow.zeros(0), *(np.diff(part.offsets) for part in lists)])
     return ListsAttr.from_offsets(np.concatenate([[0], np.cumsum(lengths)]), values)
 
 
-def _transfers(ops: list[Operation]) -> dict[str, tuple[str, int]]:
-    """Of each row that moves, the instance it leaves and the microseconds it takes."""
+def _moves(ops: list[pd.TransferOp]) -> _Moves:
+    """What all transfers move; of a row that moves twice, the last leg."""
+    if len(ops) == 1:
+        source = ops[0].properties["source"]
+        assert isinstance(source, WordsAttr)
+        words = WordsAttr.from_rows(source.rows()) if len(source.words) > 1 else source
+        return _Moves(ops[0].names, words, ops[0].column("us"))
     moves: dict[str, tuple[str, int]] = {}
     for op in ops:
-        if type(op) is pd.TransferOp:
-            us = op.column("us").tolist()
-            moves |= zip(op.names, zip(op.words("source"), us, strict=True), strict=True)
-    return moves
+        us = op.column("us").tolist()
+        moves |= zip(op.names, zip(op.words("source"), us, strict=True), strict=True)
+    return _Moves(
+        tuple(moves),
+        WordsAttr.from_rows([source for source, _ in moves.values()]),
+        np.array([us for _, us in moves.values()], np.int64),
+    )
 
 
 class _Splitter:
     """Parts the rows of a graph by instance."""
 
-    def __init__(
-        self,
-        prefills: _Side,
-        bounds: ListsAttr,
-        decodes: _Side,
-        transfers: dict[str, tuple[str, int]],
-    ) -> None:
-        self.prefills, self.bounds, self.decodes = prefills, bounds, decodes
-        self.transfers = transfers
-        fresh = np.flatnonzero(~decodes.rows.resident).tolist()
-        row_of = {decodes.rows.names[row]: row for row in fresh}
-        missing = len(decodes.rows)
-        self.decode_row = np.array(
-            [row_of.get(name, missing) for name in prefills.rows.names], np.int64
-        )
-        self.tokens = np.append(decodes.tokens, 0)
+    def __init__(self, prefills: _Side, bounds: ListsAttr, decodes: _Side, moves: _Moves) -> None:
+        self.prefills, self.bounds, self.decodes, self.moves = prefills, bounds, decodes, moves
+        self.decode_row = _rows_named(prefills.rows.names, decodes.rows)
+        self.tokens = np.concatenate([decodes.tokens, _ZERO])
 
     def work(self, instance: Instance) -> Work:
         """The work of one instance."""
         pre = _rows_on(self.prefills.on, instance.name)
-        here = np.append(_is_on(self.decodes.on, instance.name), False)
-        decode_row = self.decode_row[pre]
+        here = _is_on(self.decodes.on, instance.name)
+        if not pre.size:
+            only = here.nonzero()[0]
+            decodes = self.decodes.tokens[only]
+            return self._joined(instance, pre, only, decodes, flow.nowhere(len(only)))
+        decode_row = self.decode_row if len(pre) == len(self.decode_row) else self.decode_row[pre]
+        here = np.concatenate([here, _FALSE])
         local = here[decode_row]
         here[decode_row] = False
-        only = np.flatnonzero(here)
-        tokens = np.where(local, self.tokens[decode_row], 0)
-        decodes = np.concatenate([tokens, self.tokens[only]]) if len(only) else tokens
+        only = here.nonzero()[0]
+        decodes = np.where(local, self.tokens[decode_row], 0)
+        if only.size:
+            decodes = np.concatenate([decodes, self.tokens[only]])
         return self._joined(instance, pre, only, decodes, self._targets(decode_row, local, only))
 
     def _targets(self, decode_row: Ints, local: Bools, only: Ints) -> WordsAttr:
         """Where the KV of each prefilled row goes; nowhere for the others."""
-        nowhere = len(self.decodes.on.words)
-        codes = np.append(self.decodes.on.codes, nowhere)[decode_row]
-        codes[local] = nowhere
-        others = np.full(len(only), nowhere)
-        return WordsAttr.of((*self.decodes.on.words, ""), np.concatenate([codes, others]))
+        if local.all():
+            return flow.nowhere(len(local) + len(only))
+        words = self.decodes.on.words
+        codes = np.full(len(local) + len(only), len(words))
+        there = np.concatenate([self.decodes.on.codes, codes[:1]])[decode_row]
+        codes[: len(local)] = np.where(local, len(words), there)
+        return flow.compact((*words, flow.NOWHERE), codes)
 
     def _joined(
         self, instance: Instance, pre: Ints, only: Ints, decodes: Ints, target: WordsAttr
@@ -190,19 +218,17 @@ class _Splitter:
         rows = flow.joined([prefills, others])
         awaited = np.zeros(len(rows), np.bool_)
         awaited[len(prefills) :] = ~others.resident | others.arriving
-        source, us = self._arrivals(rows, np.flatnonzero(awaited))
-        whole = rows.prompt + np.where(
-            decodes > 0, np.where(rows.generate >= pd.UNBOUNDED, decodes, rows.generate), 0
-        )
+        source, us = self._arrivals(rows, awaited.nonzero()[0])
+        cached = rows.cached
         return Work(
             instance=instance,
             names=rows.names,
             num_prefills=len(pre),
             prompt=rows.prompt,
-            held=rows.computed + rows.cached,
-            cached=rows.cached,
+            held=rows.computed if cached is flow.zeros(len(rows)) else rows.computed + cached,
+            cached=cached,
             decodes=decodes,
-            whole=whole,
+            generate=rows.generate,
             deadline=rows.deadline,
             bounds=self.bounds if len(pre) == len(self.bounds) else self.bounds.take(pre),
             source=source,
@@ -214,19 +240,38 @@ class _Splitter:
     def _arrivals(self, rows: flow.Table, awaited: Ints) -> tuple[WordsAttr, Ints]:
         """Where the KV of each row comes from, and how long that takes; what is on its way comes
         from here."""
-        us = np.zeros(len(rows), np.int64)
-        codes = np.zeros(len(rows), np.int64)
         if not awaited.size:
-            return WordsAttr.of(("",), codes), us
-        here = [rows.place.words[code] for code in rows.place.codes[awaited].tolist()]
-        moves = [
-            self.transfers.get(rows.names[row], (place, 0))
-            for row, place in zip(awaited.tolist(), here, strict=True)
-        ]
-        words = WordsAttr.from_rows([name for name, _ in moves])
-        codes[awaited] = words.codes + 1
-        us[awaited] = [time for _, time in moves]
+            return flow.nowhere(len(rows)), flow.zeros(len(rows))
+        names = tuple([rows.names[row] for row in awaited.tolist()])
+        if names == self.moves.names:
+            words, times = self.moves.source, self.moves.us
+        else:
+            words, times = self._some_arrivals(names, rows.place.take(awaited).rows())
+        codes, us = np.zeros((2, len(rows)), np.int64)
+        codes[awaited], us[awaited] = words.codes + 1, times
         return WordsAttr.of(("", *words.words), codes), us
+
+    def _some_arrivals(self, names: tuple[str, ...], here: list[str]) -> tuple[WordsAttr, Ints]:
+        """Source and time of each; of what does not move, where it is."""
+        moved = zip(self.moves.source.rows(), self.moves.us.tolist(), strict=True)
+        moves = dict(zip(self.moves.names, moved, strict=True))
+        found = [moves.get(name, (place, 0)) for name, place in zip(names, here, strict=True)]
+        words = WordsAttr.from_rows([source for source, _ in found])
+        return words, np.array([us for _, us in found], np.int64)
+
+
+_ZERO, _FALSE = np.zeros(1, np.int64), np.zeros(1, np.bool_)
+
+
+def _rows_named(names: tuple[str, ...], rows: flow.Table) -> Ints:
+    """The row of each of `names` among those of `rows` that do not decode yet; its length for
+    those that are not there."""
+    fresh = (~rows.resident).nonzero()[0]
+    there = rows.names
+    row_of = {there[row]: row for row in fresh.tolist()}
+    if names == tuple(row_of):
+        return fresh
+    return np.array([row_of.get(name, len(there)) for name in names], np.int64)
 
 
 def _is_on(on: WordsAttr, name: str) -> Bools:
@@ -236,7 +281,7 @@ def _is_on(on: WordsAttr, name: str) -> Bools:
 
 
 def _rows_on(on: WordsAttr, name: str) -> Ints:
-    return np.flatnonzero(_is_on(on, name))
+    return _is_on(on, name).nonzero()[0]
 
 
 def _take(rows: flow.Table, chosen: Ints) -> flow.Table:

@@ -40,6 +40,9 @@ from sagec.runtime.state import LEAVING, RUNNING, WAITING, Decision, Instances, 
 from sagec.runtime.state import check as check_decision
 from sagec.runtime.strategies import Strategy
 
+LEAD_STEPS = 2
+"""How many steps before the end of a plan the next one is made."""
+
 FUTILE_ROUNDS = 8
 """Rounds in a row without a step, a hand-over or a new request after which none will help."""
 
@@ -333,6 +336,9 @@ class Loop:
             if serving := self._on(report.instance, request_id):
                 self._finish(serving, reason, "")
         self._changed(only_if=bool(report.finished) and len(self._table.waiting()) > 0)
+        plan = self._plans[self._index[report.instance]]
+        if plan is not None and plan.plan_id == report.plan_id:
+            self._due |= _is_ending(plan, report.step)
 
     def _take_tokens(self, report: StepReport) -> None:
         """The step's new tokens go to their requests and out; the table is written at once."""
@@ -647,6 +653,11 @@ class Loop:
         for serving in list(self._serving.values()):
             detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
             self._finish(serving, FinishReason.FAILED, detail)
+
+
+def _is_ending(plan: ExecutionPlan, step: int) -> bool:
+    """Whether the next plan should be made now, so that the instance need not wait for it."""
+    return plan.num_steps > 2 * LEAD_STEPS and step + 1 >= plan.num_steps - LEAD_STEPS
 
 
 def _columns(instances: Sequence[Instance]) -> Instances:

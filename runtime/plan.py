@@ -34,6 +34,9 @@ def _column() -> Column:
     return column
 
 
+MODES = ("strict", "time-share", "hybrid")
+"""How prefill and decode share an instance: not at all, by turns, or in every step."""
+
 RECOMPUTE, SWAP = 0, 1
 """How a preempted row's KV leaves the device: dropped, or moved to host memory."""
 
@@ -159,6 +162,7 @@ class Estimates(Table, frozen=True):
 class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one instance does for the next `num_steps` steps.
 
+    mode is one of MODES: in a plan of mode "time-share" a step that has chunks decodes nobody.
     max_step_tokens bounds what any step computes, also where a late row joins a decode batch.
     ir_digest names the IR that the plan was lowered from (sha256, first 16 hex digits).
     """
@@ -184,6 +188,11 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     acceleration: Acceleration = msgspec.field(default_factory=Acceleration)
     estimates: Estimates = msgspec.field(default_factory=Estimates)
     ir_digest: str = ""
+
+    @property
+    def mixes_phases(self) -> bool:
+        """Whether rows decode in a step that also computes chunks."""
+        return self.mode != "time-share"
 
     def tables(self) -> Iterator[tuple[str, Table]]:
         """The plan's tables with their names, in the order of the fields."""
@@ -242,6 +251,8 @@ def check(plan: ExecutionPlan, source: str = "plan") -> None:
     if len(set(plan.request_ids)) < len(plan.request_ids):
         twice = next(name for name in plan.request_ids if plan.request_ids.count(name) > 1)
         raise PlanError(f"{source}: request_ids names {twice!r} twice; a row each")
+    if plan.mode not in MODES:
+        raise PlanError(f"{source}: mode {plan.mode!r}; one of: {', '.join(MODES)}")
     for name in ("num_steps", "max_step_tokens"):
         if (value := getattr(plan, name)) < 0:
             raise PlanError(f"{source}: {name} {value}: 0 or more")

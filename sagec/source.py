@@ -8,6 +8,7 @@ time. The locations are what every later error points at.
 from __future__ import annotations
 
 import functools
+import re
 from typing import NoReturn
 
 from xdsl.context import Context
@@ -21,7 +22,7 @@ from xdsl.dialects.builtin import (
 )
 from xdsl.ir import Operation, Region, SSAValue
 from xdsl.ir.core import AttributeInvT
-from xdsl.parser import Parser, UnresolvedOperand
+from xdsl.parser import Parser, ParserState, UnresolvedOperand
 from xdsl.traits import IsolatedFromAbove
 from xdsl.utils.exceptions import (
     DiagnosticException,
@@ -31,7 +32,7 @@ from xdsl.utils.exceptions import (
     VerifyException,
 )
 from xdsl.utils.lexer import Input, Span
-from xdsl.utils.mlir_lexer import MLIRTokenKind, StringLiteral
+from xdsl.utils.mlir_lexer import MLIRLexer, MLIRToken, MLIRTokenKind, StringLiteral
 
 from sagec.diagnostics import Diagnostic, Source, there_are
 
@@ -52,6 +53,27 @@ REFUSALS = (
 _int_attr = functools.lru_cache(4096)(IntAttr)
 
 
+_STRING = re.compile(r'"(?:[^"\\\n\v\f]++|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*+"')
+_GOOD_STRING_PART = re.compile(r'"(?:[^"\\\n\v\f]++|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*+')
+
+
+class SourceLexer(MLIRLexer):
+    """xDSL's lexer, whose time for a string that never ends doubles with each character of it."""
+
+    def _lex_string_literal(self, start_pos: int) -> MLIRToken:
+        if _STRING.match(self.input.content, start_pos):
+            return super()._lex_string_literal(start_pos)
+        good = _GOOD_STRING_PART.match(self.input.content, start_pos)
+        at = good.end() if good else start_pos
+        if self.input.at(at) == "\\":
+            escape = self.input.content[at : at + 2]
+            message = f'no escape {escape}; there are: \\n \\t \\\\ \\" and two hexadecimal digits'
+            raise ParseError(Span(at, at + 2, self.input), message)
+        raise ParseError(
+            Span(start_pos, start_pos + 1, self.input), "the string does not end on its line"
+        )
+
+
 class SourceParser(Parser):
     """xDSL's parser, with a location for each op and errors at the place of the fault."""
 
@@ -59,7 +81,9 @@ class SourceParser(Parser):
         self._source = Source(name, text)
         self._file = StringAttr(name)
         self._first_uses: dict[str, Span] = {}
-        super().__init__(context, text, name)
+        # The constructor makes a lexer of its own, which must not see the text.
+        super().__init__(context, "", name)
+        self._parser_state = ParserState(SourceLexer(Input(text, name)))
 
     def parse_module(self, allow_implicit_module: bool = True) -> ModuleOp:
         if self._at_end():

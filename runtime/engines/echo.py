@@ -288,7 +288,8 @@ class Echo:
         for step in range(progress.step, progress.plan.num_steps):
             chunks = self._chunks(progress, step)
             num_tokens = sum(end - begin for _, begin, end, _ in chunks)
-            decodes = self._decodes(progress, step, num_tokens)
+            alone = chunks and not progress.plan.mixes_phases
+            decodes = [] if alone else self._decodes(progress, step, num_tokens)
             if chunks or decodes:
                 progress.step = step + 1
                 self._compute(progress, chunks, decodes)

@@ -29,9 +29,12 @@ class _Version(argparse.Action):
     """Print the version; it is looked up only here, for that takes a while."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"sagec {version('sagec')}")
+        try:
+            print(f"sagec {version('sagec')}")
+        except PackageNotFoundError:
+            print("sagec, not installed")
         parser.exit()
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from sagec.runtime.report import RequestReport, Summary
     from sagec.runtime.timeline import Timeline
 
+SHOWN_ROWS = 48
+"""Of more requests than these the table leaves the rest out; `--json` has all."""
+
 COLUMNS = {
     "request": "request",
     "prompt": "prompt_tokens",
@@ -81,8 +84,11 @@ def table(summary: Summary, timeline: Timeline) -> Table:
     for title, cell in zip(COLUMNS, footer, strict=True):
         justify: Any = "left" if title in ("request", "end") else "right"
         shown.add_column(title, footer=cell, justify=justify, no_wrap=True)
-    for row in rows(summary, timeline):
+    every = rows(summary, timeline)
+    for row in every[:SHOWN_ROWS]:
         shown.add_row(*map(Text, _cells(row)))
+    if len(every) > SHOWN_ROWS:
+        shown.add_row(Text(f"and {len(every) - SHOWN_ROWS} more"))
     return shown
 
 

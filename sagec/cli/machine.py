@@ -72,10 +72,18 @@ def _shared_memory() -> Finding:
     return Finding(group="machine", name="shared memory", here=True, detail=detail)
 
 
+def _requirements() -> list[str]:
+    """What sagec requires, as its metadata says; nothing where it runs without being installed."""
+    try:
+        return requires("sagec") or []
+    except PackageNotFoundError:
+        return []
+
+
 def _packages() -> list[Finding]:
     """Versions of what sagec requires, and of what each of its extras would add."""
     found = []
-    for text in requires("sagec") or ():
+    for text in _requirements():
         requirement, _, marker = text.partition(";")
         name = re.split(r"[<>=!~\s\[]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra\s*==\s*[\"']([\w-]+)", marker)
@@ -120,7 +128,7 @@ def _engines() -> list[Finding]:
     from sagec.runtime import engines
 
     found = []
-    extras = {text.partition("extra ==")[2].strip(" \"'") for text in requires("sagec") or ()}
+    extras = {text.partition("extra ==")[2].strip(" \"'") for text in _requirements()}
     for name in engines.known():
         missing = sorted(_missing_imports(Path(engines.__path__[0]), name))
         package = f"sagec[{name}]" if name in extras else " ".join(missing)

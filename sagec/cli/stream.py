@@ -16,6 +16,9 @@ LINE_LETTERS = 100
 
 REFRESH_PER_S = 12
 
+KEPT_PANELS = 24
+"""Of more requests than these, the later ones' panels go when the run ends."""
+
 
 class Stream(Protocol):
     """Shows text as it comes; `end` says that a request is at its end, and why."""
@@ -115,7 +118,7 @@ class Panels:
     def __exit__(self, *error: object) -> None:
         self._live.stop()
         if not any(error):
-            self._console.print(self._group(list(self._texts), letters=None))
+            self._console.print(self._group(list(self._texts)[:KEPT_PANELS], letters=None))
 
     def text(self, request_id: str, fresh: str) -> None:
         self._texts[request_id] += fresh
@@ -128,10 +131,12 @@ class Panels:
         room = max(1, (self._console.height - 2) // 4)
         order = sorted(self._texts, key=lambda name: (name in self._ends, not self._texts[name]))
         shown = set(order[:room])
-        return self._group(
+        group = self._group(
             [name for name in self._texts if name in shown],
             letters=2 * (self._console.width - 6),
         )
+        group.renderables.append(f"{len(self._ends)} of {len(self._texts)} requests have ended")
+        return group
 
     def _group(self, names: Sequence[str], letters: int | None) -> Group:
         from rich.console import Group

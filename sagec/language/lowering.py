@@ -11,9 +11,12 @@ from xdsl.ir import Attribute, Block, Operation, Region
 from sagec.dialects import cluster, pd
 from sagec.dialects.columns import ColumnAttr, NamesAttr, WordsAttr
 from sagec.dialects.scalars import properties_of
+from sagec.language.instances import Instance
+from sagec.language.models import Scalars
 from sagec.language.resolution import GRAPH, Scene, resolve
 from sagec.language.syntax import Program
 from sagec.language.workload import Workload, workload
+from sagec.lowering.targets import ability_of
 
 DEFAULT_STRATEGY = "fifo"
 DEFAULT_MODE = "hybrid"
@@ -69,9 +72,17 @@ def _cluster_ops(scene: Scene) -> Iterator[Operation]:
             instance.engine,
             instance.role,
             instance.model,
-            **instance.scalars,
+            **_scalars_of(instance),
         )
         yield _at(program, instance.statement.begin, placed)
+
+
+def _scalars_of(instance: Instance) -> Scalars:
+    """What the program says, and what its engine cannot do otherwise."""
+    ability = ability_of(instance.engine)
+    if ability is None or not ability.partial_prefills:
+        return instance.scalars
+    return {"max_partial_prefills": ability.partial_prefills} | instance.scalars
 
 
 def _graph(loaded: Workload) -> Operation:

@@ -82,14 +82,14 @@ def path_of(engine: str) -> str:
 
 
 def served(
-    engine: str, serving: str, tmp_path: Path, captured: pytest.CaptureFixture[str]
+    engine: str, serving: str, tmp_path: Path, captured: pytest.CaptureFixture[str], *more: str
 ) -> dict[str, list[int]]:
     """The tokens of each request."""
     text, flags = module_of(engine, path_of(engine), serving)
     file = tmp_path / "serve.mlir"
     file.write_text(text, encoding="utf-8")
     captured.readouterr()
-    code = main(["run", str(file), "--json", *flags])
+    code = main(["run", str(file), "--json", *flags, *more])
     out, err = captured.readouterr()
     assert (code, err) == (0, ""), out
     result: dict[str, Any] = json.loads(out)
@@ -106,6 +106,19 @@ def test_how_requests_are_served_changes_no_token(
         "a": 9, "b": 14, "c": 1, "d": 12, "e": 7, "f": 20
     }  # fmt: skip
     assert served(engine, serving, tmp_path, capsys) == alone
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "time-share"])
+@pytest.mark.parametrize("engine", known())
+def test_a_step_does_both_phases_in_hybrid_mode_alone(
+    engine: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    served(engine, mode, tmp_path, capsys, "--one-process", "--trace", str(trace))
+    events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    kinds = {event["cat"] for event in events if event.get("ph") == "X"}
+    assert kinds >= {"prefill", "decode"}
+    assert ("mixed" in kinds) == (mode == "hybrid")
 
 
 @pytest.mark.parametrize("serving", SERVINGS)

@@ -133,6 +133,31 @@ def test_panels_show_every_request_at_the_end(monkeypatch: pytest.MonkeyPatch) -
     assert "stop" in final
 
 
+def test_a_long_table_is_cut_and_says_so() -> None:
+    from sagec.cli import figures
+    from sagec.runtime.report import RequestReport, Summary
+    from sagec.runtime.request import FinishReason
+    from sagec.runtime.timeline import Timeline
+
+    reports = [
+        RequestReport(
+            request_id=f"r{i}",
+            reason=FinishReason.REJECTED,
+            prompt_tokens=1,
+            output_tokens=0,
+            arrival_us=0,
+            end_us=0,
+        )
+        for i in range(100)
+    ]
+    summary = Summary.of(reports)
+    table = figures.table(summary, Timeline())
+    assert table.row_count == figures.SHOWN_ROWS + 1
+    assert len(figures.rows(summary, Timeline())) == 100
+    assert figures.total(summary)["ttft_p50_ms"] is None
+    assert "100 requests in 0 ms" in figures.sentence(summary)
+
+
 def test_a_pipe_gets_lines_and_a_program_nothing() -> None:
     assert isinstance(stream_for({"a": ""}, silent=False), Lines)
     assert isinstance(stream_for({"a": ""}, silent=True), Silent)

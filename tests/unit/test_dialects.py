@@ -18,7 +18,7 @@ from xdsl.printer import Printer
 from sagec.dialects import cluster, kv, pd
 from sagec.dialects.columns import ColumnAttr, Frozen, ListsAttr, NamesAttr, WordsAttr
 from sagec.dialects.rows import READABLE_ROWS
-from sagec.source import parse_module, verify_module
+from sagec.source import SourceParser, parse_module, verify_module
 from sagec.universe import sagec_context
 from tests.strategies import any_modules, serving_modules
 
@@ -225,3 +225,25 @@ def test_scalars_have_the_defaults_of_their_declaration() -> None:
     assert instance.scalar("block_tokens") == 16
     assert instance.device_names == ("g0",)
     assert cluster.LinkOp.between("a", "b", latency_us=2).scalar("latency_us") == 2.0
+
+
+EXAMPLE = re.compile(r"`((?:%\w+ = )?(?:pd|kv|cluster)\.\w+ [^`]+)`")
+OPERATIONS = [op for dialect in DIALECTS for op in dialect.operations]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.name)
+def test_the_examples_of_a_docstring_parse(operation: type[Operation]) -> None:
+    examples = EXAMPLE.findall(operation.__doc__ or "")
+    assert examples, f"{operation.name} shows no example"
+    for example in examples:
+        # A value that the example takes for granted stays undefined, which only a module refuses.
+        parser = SourceParser(CONTEXT, example, operation.name)
+        found = parser.parse_operation()
+        assert found.name == operation.name or operation.name in example
+        assert parser.pos == len(example)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.name)
+def test_every_field_and_scalar_says_what_it_means(operation: type[Operation]) -> None:
+    for declared in (*getattr(operation, "FIELDS", ()), *getattr(operation, "SCALARS", ())):
+        assert len(declared.doc) > 3, f"{operation.name} {declared.name}"

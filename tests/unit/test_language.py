@@ -163,6 +163,13 @@ def test_settings_of_an_instance_reach_the_ir_under_its_names() -> None:
     assert [op.scalar(name) for name in names] == [1, "paged", "f32"]
 
 
+@pytest.mark.parametrize(("said", "partial"), [("", 1), ("max_partial_prefills 0", 0)])
+def test_what_an_engine_cannot_do_otherwise_need_not_be_said(said: str, partial: int) -> None:
+    source = HERE.replace("engine sim", f"engine turbomind block 64 {said}")
+    instance = ops(lowered(SHAPE + source), cluster.InstanceOp)[0]
+    assert instance.scalar("max_partial_prefills") == partial
+
+
 def test_the_kv_cache_may_be_said_as_a_size() -> None:
     block_bytes = 2 * 4 * 2 * 32 * 2 * 16  # K and V, layers, KV heads, head_dim, bf16, tokens
     body = "device d\ninstance i on d engine sim kv 1MiB"

@@ -87,7 +87,8 @@ class RunningPlan:
                 break
             picks: dict[str, Pick] = {}
             self._pick_chunks(step, residents, picks)
-            self._pick_decodes(step, residents, picks)
+            if not picks or self.plan.mixes_phases:
+                self._pick_decodes(step, residents, picks)
             if picks:
                 self.step = step
                 return list(picks.values())
