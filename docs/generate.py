@@ -110,8 +110,9 @@ def _shown_examples(text: str) -> str:
 
 def _typed(name: str, constraint: Any) -> str:
     """A value's name with the types that it may have, where they are few."""
-    while hasattr(constraint, "constr"):
-        constraint = constraint.constr
+    # One value is a range of length 1 to xDSL.
+    while inner := getattr(constraint, "constr", getattr(constraint, "constraint", None)):
+        constraint = inner
     bases = constraint.get_bases() if hasattr(constraint, "get_bases") else None
     types = " or ".join(sorted(f"`!{base.name}`" for base in bases or ()))
     return f"`{name}` {types}".rstrip()

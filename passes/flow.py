@@ -7,6 +7,7 @@ the value comes from and is as immutable as their attributes.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -67,13 +68,38 @@ class Table:
 
     def take(self, rows: Ints) -> Table:
         """The table of these rows, in this order."""
-        names = self.names
+        if _follow_each_other(rows):
+            return self._slice(int(rows[0]), int(rows[-1]) + 1)
 
         def make(name: str) -> Any:
             column = getattr(self, name)
             return column.take(rows) if type(column) is WordsAttr else column[rows]
 
-        return Table(tuple([names[row] for row in rows.tolist()]), make)
+        return Table(chosen(self.names, rows), make)
+
+    def _slice(self, begin: int, end: int) -> Table:
+        def make(name: str) -> Any:
+            column = getattr(self, name)
+            if type(column) is WordsAttr:
+                return WordsAttr.of(column.words, column.codes[begin:end])
+            return zeros(end - begin) if column is zeros(len(self)) else column[begin:end]
+
+        return Table(self.names[begin:end], make)
+
+
+def chosen(names: tuple[str, ...], rows: Ints) -> tuple[str, ...]:
+    """The names of these rows."""
+    if len(rows) < 2:
+        return tuple([names[row] for row in rows.tolist()])
+    return operator.itemgetter(*rows.tolist())(names)  # type: ignore[no-any-return]
+
+
+def _follow_each_other(rows: Ints) -> bool:
+    """Whether they are a range, which takes no copy."""
+    count = len(rows)
+    if not count or rows[-1] - rows[0] != count - 1:
+        return False
+    return count < 3 or np.count_nonzero(np.diff(rows) == 1) == count - 1
 
 
 _COLUMNS = frozenset(Table.__annotations__)
@@ -93,7 +119,8 @@ def _same(value: int, rows: int) -> Ints:
 
 
 @functools.lru_cache(256)
-def _flags(value: bool, rows: int) -> Bools:
+def flags(value: bool, rows: int) -> Bools:
+    """A column of the same answer."""
     column = np.full(rows, value, np.bool_)
     column.setflags(write=False)
     return column
@@ -152,7 +179,7 @@ def joined(tables: list[Table]) -> Table:
 
 _EMPTY = Table((), lambda name: _NO_COLUMNS.get(name, zeros(0)))
 _NO_COLUMNS: dict[str, Any] = {
-    **dict.fromkeys(("resident", "arriving"), _flags(False, 0)),
+    **dict.fromkeys(("resident", "arriving"), flags(False, 0)),
     **dict.fromkeys(("place", "decode_place", "model"), WordsAttr.of((), zeros(0))),
 }
 
@@ -218,7 +245,7 @@ def _source(
     return Table(names, make)
 
 
-_none = functools.partial(_flags, False)
+_none = functools.partial(flags, False)
 _unbounded = functools.partial(_same, pd.UNBOUNDED)
 
 _REQUEST_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
@@ -241,7 +268,7 @@ _RESIDENT_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "generate": ("remaining", _unbounded),
     "deadline": ("deadline", zeros),
     "chunk": ("", zeros),
-    "resident": ("", functools.partial(_flags, True)),
+    "resident": ("", functools.partial(flags, True)),
     "place": ("on", nowhere),
     "decode_place": ("on", nowhere),
     "model": ("model", nowhere),
@@ -344,7 +371,7 @@ def graphs(module: ModuleOp) -> Iterator[pd.GraphOp]:
 def ops_in(graph: pd.GraphOp) -> list[Operation]:
     """The graph's ops with those of its phases, in the order of the text."""
     ops = ops_of_block(graph.body.block)
-    if not any([type(op) is pd.PhaseOp for op in ops]):
+    if not any(type(op) is pd.PhaseOp for op in ops):
         return ops
     found: list[Operation] = []
     for op in ops:

@@ -1,4 +1,4 @@
-"""Answers that are kept with the op that they are about, for analyses that several passes ask for."""
+"""Answers kept with the op that they are about, for analyses that several passes ask for."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class _Splitter:
         from here."""
         if not awaited.size:
             return flow.nowhere(len(rows)), flow.zeros(len(rows))
-        names = tuple([rows.names[row] for row in awaited.tolist()])
+        names = flow.chosen(rows.names, awaited)
         if names == self.moves.names:
             words, times = self.moves.source, self.moves.us
         else:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from sagec.runtime.plan import ExecutionPlan
+from sagec.runtime.state import ANY, Decision, Instances, Running, State, Waiting
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -540,3 +542,108 @@ def _tokens(plan: ExecutionPlan, row: int) -> int:
 def _is_done(plan: ExecutionPlan, row: int) -> bool:
     """Whether the plan computes the last token of the row's prompt."""
     return any(named == row and samples for _, named, _, _, samples in _rows(plan.chunks))
+
+
+# Rounds: what the loop's planner is asked
+
+
+@dataclass(frozen=True)
+class Round:
+    """The state of a cluster's requests and what a strategy said of it."""
+
+    places: tuple[Place, ...]
+    state: State
+    decision: Decision
+
+    def cluster(self) -> str:
+        """The cluster alone, as text."""
+        return Scene(self.places).text().split("pd.graph")[0]
+
+
+@st.composite
+def rounds(draw: Draw, where: tuple[Place, ...] | None = None) -> Round:
+    """Waiting and running requests on some instances, and a decision with gaps in its ranks."""
+    where = draw(places(tight=draw(st.booleans()))) if where is None else where
+    state = State(
+        now_us=draw(st.integers(0, 10**6)),
+        round=draw(st.integers(0, 99)),
+        waiting=draw(_waiting_columns()),
+        running=draw(_running_columns(where)),
+        instances=Instances.of(
+            [place.name for place in where],
+            role=[place.role for place in where],
+            kv_blocks=[place.kv_blocks for place in where],
+            block_tokens=[place.block_tokens for place in where],
+        ),
+    )
+    return Round(where, state, draw(_decisions(where, state)))
+
+
+def _lists(draw: Draw, values: st.SearchStrategy[Any], count: int) -> list[Any]:
+    return draw(st.lists(values, min_size=count, max_size=count))
+
+
+_LEFT = st.integers(1, 30) | st.just(2**31 - 1)
+_PROMISE = st.sampled_from((0, 0, 50_000))
+
+
+@st.composite
+def _waiting_columns(draw: Draw) -> Waiting:
+    count = draw(st.integers(0, 5))
+    return Waiting.of(
+        [f"w{number}" for number in range(count)],
+        prompt_tokens=_lists(draw, st.integers(1, 100), count),
+        generate_tokens=_lists(draw, _LEFT, count),
+        arrival_us=_lists(draw, st.integers(0, 1000), count),
+        ttft_us=_lists(draw, _PROMISE, count),
+        priority=_lists(draw, st.integers(-2, 2), count),
+        tenant=_lists(draw, st.sampled_from(("", "blue")), count),
+    )
+
+
+@st.composite
+def _running_columns(draw: Draw, where: tuple[Place, ...]) -> Running:
+    """Prompts under way on what prefills, the others on what decodes."""
+    prefills = [at for at, place in enumerate(where) if place.runs("prefill")]
+    decodes = [at for at, place in enumerate(where) if place.runs("decode")]
+    count = draw(st.integers(0, 6))
+    started = _lists(draw, st.booleans(), count)
+    prompt = _lists(draw, st.integers(2, 100), count)
+    computed = [
+        draw(st.integers(1, tokens - 1)) if begun else tokens + draw(st.integers(0, 20))
+        for tokens, begun in zip(prompt, started, strict=True)
+    ]
+    at = [draw(st.sampled_from(prefills if begun else decodes)) for begun in started]
+    return Running.of(
+        [f"q{number}" for number in range(count)],
+        instance=at,
+        prompt_tokens=prompt,
+        computed_tokens=computed,
+        remaining_tokens=_lists(draw, _LEFT, count),
+        arriving=[not begun and draw(st.booleans()) for begun in started],
+        decode_on=[draw(st.sampled_from(decodes)) if begun else a for a, begun in zip(at, started, strict=True)],
+    )
+
+
+@st.composite
+def _decisions(draw: Draw, where: tuple[Place, ...], state: State) -> Decision:
+    waiting = state.waiting
+    rows = np.array(draw(st.permutations(range(len(waiting)))), np.int64)
+    admitted = rows[: draw(st.integers(0, len(rows)))]
+    decision = Decision.admit(admitted, waiting, "slack", "no KV")
+    late = [row for row in rows.tolist() if row not in admitted.tolist()]
+    if late and draw(st.booleans()):
+        decision = decision.reject(np.array(late[:1]), "too late")
+    prefills = [at for at, place in enumerate(where) if place.runs("prefill")]
+    decodes = [at for at, place in enumerate(where) if place.runs("decode")]
+    out = draw(st.lists(st.sampled_from(range(len(state.running))), unique=True)) if len(state.running) else []
+    roles = {place.role for place in where}
+    return replace(
+        decision.preempt(np.array(out, np.int64), "KV"),
+        rank=decision.rank * draw(st.sampled_from((1, 3))),
+        prefill_on=np.array(_lists(draw, st.sampled_from((ANY, *prefills)), len(waiting)), np.int64),
+        decode_on=np.array(_lists(draw, st.sampled_from((ANY, *decodes)), len(waiting)), np.int64),
+        chunk_tokens=np.array(_lists(draw, st.sampled_from((0, 5)), len(waiting)), np.int64),
+        mode=draw(st.sampled_from(("", "time-share") if "both" in roles else ("", "strict"))),
+        horizon_steps=draw(st.sampled_from((0, 4))),
+    )

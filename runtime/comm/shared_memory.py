@@ -5,18 +5,22 @@ remove a segment when either process ends and warn of it. Where there is no /dev
 for temporary files takes its place.
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import re
 import secrets
 import tempfile
+import time
 from pathlib import Path
 
 from sagec.runtime.comm import ChannelError
 
 FOLDER = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
 _NAME = re.compile(r"sagec-[\w.-]+")
+_STALE_S = 600
+"""Age at which a segment is nobody's: its sender has died, and no receiver waits that long."""
 _PRUNE_AT = 64
 """Segments after which a sender looks which of its own the receivers have freed."""
 
@@ -32,6 +36,7 @@ class SharedMemoryChannel:
     def __init__(self, owner: str) -> None:
         self._prefix = f"sagec-{re.sub(r'[^A-Za-z0-9_]', '_', owner)}-{os.getpid()}"
         self._allocated: set[str] = set()
+        _sweep()
 
     def allocate(self, num_bytes: int) -> tuple[str, memoryview]:
         """A new segment of zeros. Raises ChannelError where the memory file system is full."""
@@ -80,6 +85,22 @@ class SharedMemoryChannel:
         """Remove what this side allocated and nobody has freed."""
         for place in list(self._allocated):
             self.free(place)
+
+
+def _sweep() -> None:
+    """Remove what senders left that were killed before anybody heard of it."""
+    for path in FOLDER.glob("sagec-*-*-*"):
+        pid = path.name.split("-")[-2]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and time.time() - path.stat().st_mtime > _STALE_S:
+                _unlink_of_dead(path, int(pid))
+
+
+def _unlink_of_dead(path: Path, pid: int) -> None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        path.unlink(missing_ok=True)
 
 
 def _fill(file: int, num_bytes: int) -> None:

@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
         kind = action.metavar if isinstance(action.metavar, str) else action.dest
         raise argparse.ArgumentError(None, unknown(kind.lower(), str(value), list(action.choices)))
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Python 3.11 makes an empty list of `--option=--`.
+        if action.option_strings and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "'--' is no value")
+        return super()._get_values(action, arg_strings)
+
 
 class _Version(argparse.Action):
     """Print the version; it is looked up only here, for that takes a while."""

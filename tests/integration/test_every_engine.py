@@ -135,6 +135,7 @@ def test_the_torch_engine_gives_the_tokens_of_transformers(
 def generated(prompt: tuple[int, ...], limit: int | None) -> list[int]:
     """What transformers generates greedily."""
     import torch
+
     from tests.checkpoints import reference
 
     ids = torch.tensor([prompt])

@@ -88,6 +88,11 @@ def test_an_option_without_its_value_is_bad_usage(capsys: Captured) -> None:
     assert "expected one argument" in fails(["opt", "-p"], 2, capsys)
 
 
+def test_two_dashes_are_no_value(capsys: Captured) -> None:
+    err = fails(["opt", "--passes=--", "x.mlir"], 2, capsys)
+    assert "argument -p/--passes: '--' is no value" in err
+
+
 def test_an_argument_too_many_is_bad_usage(capsys: Captured) -> None:
     assert "'b.mlir' is one argument too many" in fails(["opt", "a.mlir", "b.mlir"], 2, capsys)
 

@@ -333,7 +333,7 @@ kv.evict @d0 #pd.column<99999999999999999999>
 // -----
 
 // CHECK: error: expected a string in quotes
-pd.leave {ids = #pd.names<a>}
+pd.leave {ids = #pd.names<"a", b>}
 
 // -----
 

@@ -1,5 +1,6 @@
 """Channels: what one side writes the other reads, and nothing stays behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,19 @@ def test_another_process_reads_and_frees_a_segment_without_a_word():
     assert (shared_memory.FOLDER / kept).exists()
     sender.close()
     assert not (shared_memory.FOLDER / kept).exists()
+
+
+def test_what_a_killed_sender_left_long_ago_is_swept_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    old, fresh, alive = (
+        tmp_path / f"sagec-p0-{pid}-{name}"
+        for pid, name in ((child.pid, "old"), (child.pid, "fresh"), (os.getpid(), "old"))
+    )
+    for path in (old, fresh, alive):
+        path.write_bytes(b"kv")
+    for path in (old, alive):
+        os.utime(path, (0, 0))
+    open_channel("shared-memory", "d0")
+    assert (old.exists(), fresh.exists(), alive.exists()) == (False, True, True)

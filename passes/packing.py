@@ -1,0 +1,492 @@
+"""Which engine call computes what: the steps of one instance, packed one after the other.
+
+`packed` answers for all instances of a graph. `Packer` is the definition, step by step; `line` and
+`decodes_only` give what it gives, at once, for instances on which nothing competes.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sagec.dialects.columns import Ints
+from sagec.passes import flow
+from sagec.passes.flow import Bools
+from sagec.passes.work import Work
+from sagec.runtime.cost import StepCost
+
+Floats = npt.NDArray[np.float64]
+
+_NO_HORIZON = 1 << 30
+_NEVER = 1 << 40
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """How steps are to be packed.
+
+    mode: see `FuseStepsPass`. turn: steps of decodes after one of prompts, in time-share mode.
+    horizon: how many steps; 0: until all is done.
+    """
+
+    mode: str
+    turn: int
+    horizon: int
+
+    @property
+    def limit(self) -> int:
+        """The most steps."""
+        return self.horizon or _NO_HORIZON
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The steps of one instance.
+
+    blocks: reserved for each row. chunks: [4, chunks], the rows step, row, begin, end. us, tokens,
+    used_blocks: of each step. begin: the first step in which a row decodes. until: tokens of KV
+    after its last decode, 0 where it does not decode. comes: rows whose KV comes from elsewhere.
+    """
+
+    work: Work
+    blocks: Ints
+    chunks: npt.NDArray[np.int64]
+    us: Floats
+    tokens: Ints
+    used_blocks: Ints
+    begin: Ints
+    until: Ints
+    comes: Bools
+
+
+Finished = dict[str, float]
+"""When the prompt of a request has been computed, in microseconds after the steps begin."""
+
+
+def packed(works: Sequence[Work], blocks: Sequence[Ints], order: Order) -> list[Packed]:
+    """The steps of all instances; those that prefill come first, for the others await their KV.
+
+    blocks: reserved for each row of each work. Two instances may await each other's: what was
+    packed too early to know when KV comes is packed once more.
+    """
+    finished: Finished = {}
+    found = [pack(work, b, order, finished) for work, b in zip(works, blocks, strict=True)]
+    for at, one in enumerate(found):
+        if one.work.num_prefills and _missed_some(one, finished):
+            found[at] = pack(one.work, blocks[at], order, finished)
+    return found
+
+
+def _missed_some(packed: Packed, finished: Finished) -> bool:
+    """Whether KV comes that nobody knew of when this was packed."""
+    missed = (packed.work.awaited & ~packed.comes).nonzero()[0]
+    return any(_will_come(packed.work, row, finished) for row in missed.tolist())
+
+
+def pack(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed:
+    """The steps of one instance; what it prefills is added to `finished`."""
+    answer = None
+    if not work.num_prefills:
+        answer = decodes_only(work, blocks, order, finished)
+    elif work.num_prefills == len(work.names):
+        answer = line(work, blocks, order, finished)
+    return answer or Packer(work, blocks, order, finished).packed()
+
+
+def _will_come(work: Work, row: int, finished: Finished) -> bool:
+    """Whether the row's KV is on its way, or is computed elsewhere within the horizon."""
+    source = work.source.words[work.source.codes[row]]
+    return source == work.instance.name or work.names[row] in finished
+
+
+def _coming(work: Work, finished: Finished) -> tuple[Bools, Ints, list[float]]:
+    """The rows whose KV comes; those of them that decode here, as they arrive; and when."""
+    rows = work.awaited.nonzero()[0]
+    if not rows.size:
+        return flow.flags(False, len(work.names)), rows, []
+    ready = [finished.get(name) for name in flow.chosen(work.names, rows)]
+    if None in ready:
+        known = [_will_come(work, row, finished) for row in rows.tolist()]
+        rows = rows[known]
+        ready = [finished.get(name, 0.0) for name in flow.chosen(work.names, rows)]
+    comes = np.zeros(len(work.names), np.bool_)
+    comes[rows] = True
+    arrival_us = np.array(ready, np.float64) + work.transfer_us[rows]
+    decodes = work.decodes[rows] > 0
+    if np.count_nonzero(decodes) < len(rows):
+        rows, arrival_us = rows[decodes], arrival_us[decodes]
+    if finished and len(rows) > 1:
+        order = np.argsort(arrival_us, kind="stable")
+        rows, arrival_us = rows[order], arrival_us[order]
+    return comes, rows, arrival_us.tolist()
+
+
+# Prompts alone
+
+
+def line(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed | None:
+    """The steps of an instance that only prefills, where no prompt waits for blocks or has bounds.
+
+    Prompts one behind the other make a line of tokens, which the budget cuts into steps. None
+    where that is not all.
+    """
+    instance, budget, rows = work.instance, work.instance.max_step_tokens, len(work.names)
+    bounded = len(work.bounds.values) != 2 * rows or instance.max_partial_prefills
+    if bounded or np.count_nonzero(work.decodes) or blocks.sum() > instance.kv_blocks:
+        return None
+    at, started = _line_order(work)
+    held, prompt, taken = work.held[at], work.prompt[at], blocks[at]
+    ends = np.cumsum(prompt - held)
+    starts = ends - (prompt - held)
+    begin = np.concatenate([starts, np.arange(budget, ends[-1], budget)])
+    begin.sort()
+    begin = begin[begin[:-1] < begin[1:]] if False else begin
+    step = begin // budget
+    return None
+
+
+def _line_order(work: Work) -> tuple[Ints, Bools]:
+    """The rows as they stand in the line, those that have begun before the others; and which."""
+    started = work.held > work.cached
+    return np.argsort(~started, kind="stable"), started
+
+
+def _line_estimates(work: Work, chunks: npt.NDArray[np.int64], steps: int) -> tuple[Floats, Ints]:
+    """Microseconds and tokens of each step."""
+    step, _, begin, end = chunks
+    pairs = np.bincount(step, _pairs(begin, end), steps)
+    tokens = np.bincount(step, end - begin, steps)
+    return work.instance.cost.step_us(tokens, pairs, 0.0), tokens.astype(np.int64)
+
+
+def _pairs(begin: Ints, end: Ints) -> Floats:
+    """How many tokens the tokens [begin, end) attend to, each to itself and those before it."""
+    return (end * (end + 1) - begin * (begin + 1)) / 2
+
+
+# Decodes alone
+
+
+def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed | None:
+    """The steps of an instance that only decodes, where there is place and KV for all at once.
+
+    None where there is not.
+    """
+    instance = work.instance
+    seats = min(instance.max_batch, instance.max_step_tokens)
+    if len(work.names) > seats or blocks.sum() > instance.kv_blocks:
+        return None
+    comes, awaited, arrival_us = _coming(work, finished)
+    here = ~work.awaited
+    rows, context, used = _residents(work, blocks, here, order.limit)
+    if awaited:
+        alone = rows.tolist(), context.tolist(), used.tolist()
+        joining = [
+            (arrival, int(work.decodes[row]), int(work.prompt[row]), int(blocks[row]))
+            for row, arrival in zip(awaited, arrival_us, strict=True)
+        ]
+        us, rows, used = _with_arrivals(work.instance.cost, alone, joining, order.limit)
+    else:
+        us = work.instance.cost.step_us(rows, context, context)
+    taken = np.minimum(work.decodes, len(us))
+    if np.count_nonzero(work.awaited):
+        taken = np.where(comes, work.decodes, taken * here)
+    return Packed(
+        work=work,
+        blocks=blocks,
+        chunks=_NO_CHUNKS,
+        us=us,
+        tokens=rows,
+        used_blocks=used,
+        begin=flow.zeros(len(taken)),
+        until=np.where(taken > 0, work.prompt + taken, 0),
+        comes=comes,
+    )
+
+
+_NO_CHUNKS = np.zeros((4, 0), np.int64)
+
+
+def _residents(work: Work, blocks: Ints, here: Bools, limit: int) -> tuple[Ints, Ints, Ints]:
+    """Of each step, how many of the rows `here` decode, their tokens of KV, and their blocks."""
+    decodes, prompt = work.decodes, work.prompt
+    if not here.all():
+        decodes, prompt, blocks = decodes[here], prompt[here], blocks[here]
+    steps = min(limit, int(decodes.max())) if decodes.size else 0
+    leaves = np.minimum(decodes, steps)
+    # A row that decodes n steps is there in those from 0 to n - 1.
+    gone = [np.bincount(leaves, weights, steps + 1) for weights in (None, prompt, blocks)]
+    rows, context, used = (
+        (column.sum() - np.cumsum(column))[:steps].astype(np.int64) for column in gone
+    )
+    return rows, context + rows * np.arange(steps), used
+
+
+def _with_arrivals(
+    cost: StepCost,
+    residents: tuple[list[int], list[int], list[int]],
+    joining: list[tuple[float, int, int, int]],
+    limit: int,
+) -> tuple[Floats, Ints, Ints]:
+    """Microseconds, tokens and blocks of each step, where rows join the residents as they arrive.
+
+    residents: as `_residents` says. joining: of each row, in order, when it arrives, the steps it
+    decodes, its prompt and its blocks.
+    """
+    us: list[float] = []
+    tokens: list[int] = []
+    used: list[int] = []
+    leaves: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    waiting = deque(joining)
+    now = 0.0
+    joined = context = blocks = 0
+    while (step := len(us)) < limit:
+        for held, freed in leaves.pop(step, ()):
+            joined, context, blocks = joined - 1, context - held, blocks - freed
+        while waiting and waiting[0][0] <= now:
+            _, steps, prompt, taken = waiting.popleft()
+            joined, context, blocks = joined + 1, context + prompt, blocks + taken
+            leaves[step + steps].append((prompt + steps, taken))
+        there = step < len(residents[0])
+        rows = joined + (residents[0][step] if there else 0)
+        if rows:
+            held = context + (residents[1][step] if there else 0)
+            us.append(cost.one_step_us(rows, held, held))
+            tokens.append(rows)
+            used.append(blocks + (residents[2][step] if there else 0))
+            now += us[-1]
+            context += joined
+        elif waiting:
+            now = waiting[0][0]
+        else:
+            break
+    return np.array(us), np.array(tokens, np.int64), np.array(used, np.int64)
+
+
+# Anything
+
+
+class Packer:
+    """Packs the steps of one instance, one after the other.
+
+    Plain numbers and lists: a step has few changes. `clock` counts the steps in which rows decode;
+    in time-share mode those are fewer than the steps. `leaves` says by that clock how many rows
+    are done, with their tokens of KV and their blocks; `returned`, by step, how many blocks an
+    exported prompt gives back.
+    """
+
+    def __init__(self, work: Work, blocks: Ints, order: Order, finished: Finished) -> None:
+        self.work, self.order, self.finished = work, order, finished
+        self.reserved = blocks
+        self.blocks: list[int] = blocks.tolist()
+        self.chunks: list[int] = []
+        self.us: list[float] = []
+        self.tokens: list[int] = []
+        self.used_blocks: list[int] = []
+        self.begin = np.zeros(len(work.names), np.int64)
+        self.joined = np.full(len(work.names), _NEVER)
+        self.clock = self.active = self.turns = 0
+        self.context = self.now_us = 0.0
+        self.free = work.instance.kv_blocks
+        self.leaves: dict[int, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+        self.returned: dict[int, int] = defaultdict(int)
+        self.seats = min(work.instance.max_batch, work.instance.max_step_tokens)
+        self._sort_rows()
+
+    def _sort_rows(self) -> None:
+        """Who has KV here already, who waits for it, and who waits to be computed."""
+        work, num_prefills = self.work, self.work.num_prefills
+        held = (work.held - work.cached)[:num_prefills].tolist()
+        self.position = work.held[:num_prefills].tolist()
+        self.prompt = work.prompt.tolist()
+        self.decodes = work.decodes.tolist()
+        self.offsets, self.bounds = work.bounds.offsets.tolist(), work.bounds.values.tolist()
+        self.running = [row for row in range(num_prefills) if held[row] > 0]
+        self.waiting = deque(row for row in range(num_prefills) if held[row] == 0)
+        self.free -= sum(self.blocks[row] for row in self.running)
+        others = np.arange(num_prefills, len(work.names))
+        self._seat_residents(others[~work.awaited[num_prefills:]])
+        self.comes, awaited, arrival_us = _coming(work, self.finished)
+        self.awaited, self.arrival_us = deque(awaited), deque(arrival_us)
+        self.reserve = len(awaited) if num_prefills else 0
+
+    def _seat_residents(self, rows: Ints) -> None:
+        """Residents decode from step 0, as many as a step takes; the rest as places get free."""
+        work = self.work
+        rows = rows[work.decodes[rows] > 0]
+        seated = rows[: self.seats]
+        self.standing = deque(rows[self.seats :].tolist())
+        self.joined[seated] = 0
+        self.active = len(seated)
+        self.context = float(work.prompt[seated].sum())
+        self.free -= int(self.reserved[rows].sum())
+        for row in seated[work.decodes[seated] < self.order.limit].tolist():
+            self._leaves_after(row, self.decodes[row])
+
+    def packed(self) -> Packed:
+        """Pack steps until nothing is left to do, or the horizon ends."""
+        while len(self.us) < self.order.limit:
+            self._leave()
+            if self.standing or self.awaited:
+                self._join()
+            if not self._pack() and not self._unblock():
+                break
+        return Packed(
+            work=self.work,
+            blocks=self.reserved,
+            chunks=np.array(self.chunks, np.int64).reshape(-1, 4).T.copy(),
+            us=np.array(self.us),
+            tokens=np.array(self.tokens, np.int64),
+            used_blocks=np.array(self.used_blocks, np.int64),
+            begin=np.where(self.comes, 0, self.begin),
+            until=self._until(),
+            comes=self.comes,
+        )
+
+    def _unblock(self) -> bool:
+        """Where nothing can be computed: wait for exported KV to leave, or other KV to come."""
+        if self.returned:
+            self.free += sum(self.returned.values())
+            self.returned.clear()
+            return True
+        if self.awaited and self.arrival_us[0] > self.now_us:
+            self.now_us = self.arrival_us[0]
+            return True
+        return False
+
+    def _leave(self) -> None:
+        """Rows whose last decode is behind give back their place and their blocks."""
+        if self.clock in self.leaves:
+            rows, context, blocks = self.leaves.pop(self.clock)
+            self.active -= int(rows)
+            self.context -= context
+            self.free += int(blocks)
+        if self.returned:
+            self.free += self.returned.pop(len(self.us), 0)
+
+    def _leaves_after(self, row: int, steps: int) -> None:
+        """The row is done once `steps` more steps have decoded."""
+        leaving = self.leaves[self.clock + steps]
+        leaving[0] += 1
+        leaving[1] += self.prompt[row] + steps
+        leaving[2] += self.blocks[row]
+
+    def _join(self) -> None:
+        """Residents that stood and rows whose KV has arrived decode, where there is room."""
+        while self.standing and self.active < self.seats:
+            self._decode(self.standing.popleft())
+        while self.awaited and self.active < self.seats:
+            row = self.awaited[0]
+            if self.arrival_us[0] > self.now_us or self.blocks[row] > self.free:
+                break
+            self.awaited.popleft()
+            self.arrival_us.popleft()
+            self.free -= self.blocks[row]
+            self._decode(row)
+
+    def _decode(self, row: int) -> None:
+        """The row decodes from the step that is packed next."""
+        self.begin[row] = len(self.us)
+        self.joined[row] = self.clock
+        self.active += 1
+        self.context += self.prompt[row]
+        self._leaves_after(row, self.decodes[row])
+
+    def _pack(self) -> bool:
+        """Pack one step; False where there is nothing to compute."""
+        decoding = self._decoding()
+        prompts, pairs, finished = self._take_chunks(decoding)
+        decoding = decoding if prompts else self.active
+        if not decoding and not prompts:
+            return False
+        self.turns = self.order.turn if prompts else self.turns - 1
+        self._append(prompts, decoding, pairs)
+        for row in finished:
+            self._finish(row)
+        return True
+
+    def _append(self, prompts: int, decoding: int, pairs: float) -> None:
+        """Count the step that is packed: its time, tokens and blocks."""
+        instance = self.work.instance
+        context = self.context if decoding else 0.0
+        us = instance.cost.one_step_us(prompts + decoding, pairs + context, self.context)
+        self.now_us += us
+        self.us.append(us)
+        self.tokens.append(prompts + decoding)
+        self.used_blocks.append(instance.kv_blocks - self.free)
+        if decoding:
+            self.clock += 1
+            self.context += decoding
+
+    def _decoding(self) -> int:
+        """How many rows decode in this step if it has chunks."""
+        if self.order.mode == "hybrid" or not (self.running or self.waiting):
+            return self.active
+        if self.order.mode == "time-share" and self.turns > 0:
+            return self.active
+        return 0
+
+    def _take_chunks(self, decoding: int) -> tuple[int, float, list[int]]:
+        """Prompt tokens, the pairs they attend to, and the rows whose prompt ends in this step."""
+        if not (self.running or self.waiting) or (decoding and self.order.mode != "hybrid"):
+            return 0, 0.0, []
+        instance = self.work.instance
+        budget = instance.max_step_tokens - decoding
+        budget -= min(self.reserve, instance.max_step_tokens // 2)
+        # Whose prompt ends decodes from the next step on, beside all that decode now.
+        seats = self.seats - self.active
+        partial = instance.max_partial_prefills or seats
+        left, pairs, step = budget, 0.0, len(self.us)
+        finished: list[int] = []
+        queue, self.running = self.running, []
+        while left > 0 and seats > 0 and partial > 0 and (queue or self._starts()):
+            row = queue.pop(0) if queue else self._start()
+            begin = self.position[row]
+            end = min(self._bound(row), begin + left)
+            self.chunks += (step, row, begin, end)
+            self.position[row] = end
+            left -= end - begin
+            seats -= 1
+            pairs += (end * (end + 1) - begin * (begin + 1)) / 2
+            if end == self.prompt[row]:
+                finished.append(row)
+            else:
+                self.running.append(row)
+                partial -= 1
+        self.running += queue
+        return budget - left, pairs, finished
+
+    def _starts(self) -> bool:
+        """Whether the first that waits finds all its blocks; those behind wait for it."""
+        return bool(self.waiting) and self.blocks[self.waiting[0]] <= self.free
+
+    def _start(self) -> int:
+        row = self.waiting.popleft()
+        self.free -= self.blocks[row]
+        return row
+
+    def _bound(self, row: int) -> int:
+        """Where the chunk ends that the row is in."""
+        low, high = self.offsets[row], self.offsets[row + 1]
+        return int(self.bounds[bisect.bisect_right(self.bounds, self.position[row], low, high)])
+
+    def _finish(self, row: int) -> None:
+        """The row's prompt is computed: it decodes here from the next step, or leaves."""
+        self.finished[self.work.names[row]] = self.now_us
+        if self.decodes[row] > 0:
+            self._decode(row)
+        else:
+            self.returned[len(self.us)] += self.blocks[row]
+
+    def _until(self) -> Ints:
+        """Tokens of KV of each row after its last decode; 0 where it does not decode."""
+        work = self.work
+        last = np.minimum(self.joined + work.decodes, self.clock)
+        taken = np.where(self.joined == _NEVER, 0, last - self.joined)
+        taken = np.where(self.comes, work.decodes, taken)
+        return np.where(taken > 0, work.prompt + taken, 0)
