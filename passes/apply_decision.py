@@ -41,8 +41,20 @@ class ApplyDecisionPass(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         for graph in flow.graphs(op):
-            for decide in flow.ops_of(graph, pd.DecideOp):
+            decides = flow.ops_of(graph, pd.DecideOp)
+            _check_decided_once(decides)
+            for decide in decides:
                 apply_decision(decide)
+
+
+def _check_decided_once(decides: list[pd.DecideOp]) -> None:
+    """Raise PassError where two ops decide on the same rows."""
+    seen: set[Operation] = set()
+    for decide in decides:
+        source = _source(decide.decided, decide)
+        if source in seen:
+            raise PassError("rows are decided twice; one pd.decide a wave", decide)
+        seen.add(source)
 
 
 def apply_decision(decide: pd.DecideOp) -> None:
@@ -127,17 +139,24 @@ def _in_rank_order(decide: pd.DecideOp, admitted: Ints) -> Ints:
         return admitted
     ranks = decide.column("rank")[admitted]
     order = np.argsort(ranks, kind="stable")
-    if (bad := np.flatnonzero(ranks[order] != np.arange(len(ranks)))).size:
-        row = int(admitted[order[bad[0]]])
-        rank = int(decide.column("rank")[row])
-        exists = 0 <= rank < len(ranks)
-        raise PassError(
-            f"{quoted(decide.names[row])} has rank {rank}, "
-            + ("which another row has too" if exists else "which does not exist")
-            + f"; the ranks of {len(ranks)} admitted rows are 0 to {len(ranks) - 1}",
-            decide,
-        )
+    if (ranks[order] != np.arange(len(ranks))).any():
+        raise _rank_error(decide, admitted, ranks)
     return admitted[order]
+
+
+def _rank_error(decide: pd.DecideOp, admitted: Ints, ranks: Ints) -> PassError:
+    """Says which row's rank does not exist, or else is another row's too."""
+    wrong = np.flatnonzero((ranks < 0) | (ranks >= len(ranks)))
+    why = "which does not exist"
+    if not wrong.size:
+        wrong = np.flatnonzero(np.bincount(ranks)[ranks] > 1)[1:]
+        why = "which another row has too"
+    name = quoted(decide.names[int(admitted[wrong[0]])])
+    return PassError(
+        f"{name} has rank {ranks[wrong[0]]}, {why}; the ranks of {len(ranks)} admitted rows are 0 "
+        f"to {len(ranks) - 1}",
+        decide,
+    )
 
 
 def _gathered(source: pd.TableOp, rows: Ints) -> dict[str, Attribute]:

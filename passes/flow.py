@@ -50,13 +50,13 @@ class Table:
     def __init__(self, names: tuple[str, ...], make: Callable[[str], Any], **known: Any) -> None:
         """make: gives the column of a name; known: columns that are there already."""
         self.names = names
-        self._make = make
+        self.make = make
         self.__dict__.update(known)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _COLUMNS:
             raise AttributeError(f"a table has no column {name!r}")
-        column = self.__dict__[name] = self._make(name)
+        column = self.__dict__[name] = self.make(name)
         return column
 
     def __len__(self) -> int:
@@ -64,42 +64,38 @@ class Table:
 
     def but(self, **columns: Any) -> Table:
         """The same requests with other columns."""
-        return Table(self.names, functools.partial(getattr, self), **columns)
+        return Table(**(self.__dict__ | columns))
 
     def take(self, rows: Ints) -> Table:
         """The table of these rows, in this order."""
-        if _follow_each_other(rows):
-            return self._slice(int(rows[0]), int(rows[-1]) + 1)
+        span = span_of(rows)
 
-        def make(name: str) -> Any:
-            column = getattr(self, name)
-            return column.take(rows) if type(column) is WordsAttr else column[rows]
-
-        return Table(chosen(self.names, rows), make)
-
-    def _slice(self, begin: int, end: int) -> Table:
         def make(name: str) -> Any:
             column = getattr(self, name)
             if type(column) is WordsAttr:
-                return WordsAttr.of(column.words, column.codes[begin:end])
-            return zeros(end - begin) if column is zeros(len(self)) else column[begin:end]
+                return WordsAttr.of(column.words, column.codes[span])
+            return zeros(len(rows)) if column is zeros(len(self)) else column[span]
 
-        return Table(self.names[begin:end], make)
-
-
-def chosen(names: tuple[str, ...], rows: Ints) -> tuple[str, ...]:
-    """The names of these rows."""
-    if len(rows) < 2:
-        return tuple([names[row] for row in rows.tolist()])
-    return operator.itemgetter(*rows.tolist())(names)  # type: ignore[no-any-return]
+        return Table(chosen(self.names, span), make)
 
 
-def _follow_each_other(rows: Ints) -> bool:
-    """Whether they are a range, which takes no copy."""
+def span_of(rows: Ints) -> Ints | slice:
+    """The rows as a slice where they follow each other, for slices copy nothing."""
     count = len(rows)
     if not count or rows[-1] - rows[0] != count - 1:
-        return False
-    return count < 3 or np.count_nonzero(np.diff(rows) == 1) == count - 1
+        return rows
+    if count > 2 and np.count_nonzero(rows[1:] - rows[:-1] == 1) != count - 1:
+        return rows
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def chosen(names: tuple[str, ...], span: Ints | slice) -> tuple[str, ...]:
+    """The names of these rows."""
+    if isinstance(span, slice):
+        return names[span]
+    if len(span) < 2:
+        return tuple([names[row] for row in span.tolist()])
+    return operator.itemgetter(*span.tolist())(names)  # type: ignore[no-any-return]
 
 
 _COLUMNS = frozenset(Table.__annotations__)
@@ -199,15 +195,24 @@ def joined_words(columns: list[WordsAttr]) -> WordsAttr:
 
 
 def compact(words: Sequence[str], codes: Ints) -> WordsAttr:
-    """The column of `words[codes]`, without the words that no row has."""
+    """The column of `words[codes]`, with the words that it has in the order of the rows.
+
+    So a parser numbers them too: a column and its text are the same attribute.
+
+    >>> compact(("a", "b", "c"), np.array([2, 0, 2])).data[0]
+    ('c', 'a')
+    """
     if not codes.size:
         return nowhere(0)
-    first = codes[0]
-    if len(words) == 1 or (codes == first).all():
-        return WordsAttr.same(words[int(first)], len(codes))
-    used = np.bincount(codes, minlength=len(words)) > 0
-    kept = [words[word] for word in used.nonzero()[0].tolist()]
-    return WordsAttr.of(kept, (used.cumsum() - 1)[codes])
+    if len(words) == 1 or np.count_nonzero(codes == codes[0]) == len(codes):
+        return WordsAttr.same(words[int(codes[0])], len(codes))
+    # Of the rows that have a word, the one that is assigned last is the first.
+    first = np.full(len(words), len(codes))
+    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
+    order = first.argsort()[: np.count_nonzero(first < len(codes))]
+    number = np.empty(len(words), np.int64)
+    number[order] = np.arange(len(order))
+    return WordsAttr.of([words[code] for code in order.tolist()], number[codes])
 
 
 def placed(words: WordsAttr, rows: Ints, place: WordsAttr) -> WordsAttr:
@@ -231,18 +236,16 @@ def _source(
     """The table of an op that brings requests.
 
     columns: of each column of the table, the property that is it, and what makes it where the op
-    has none. It looks at the properties of now: an op may get others.
+    has none.
     """
-    properties = dict(properties)
-
-    def make(name: str) -> Any:
-        said, default = columns[name]
+    known: dict[str, Any] = {}
+    for name, (said, default) in columns.items():
         attr = properties.get(said)
         if attr is None:
-            return default(len(names))
-        return attr.array if type(attr) is ColumnAttr else attr
-
-    return Table(names, make)
+            known[name] = default(len(names))
+        else:
+            known[name] = attr.array if type(attr) is ColumnAttr else attr
+    return Table(names, known.__getitem__, **known)
 
 
 _none = functools.partial(flags, False)
@@ -280,10 +283,11 @@ def _requests(op: pd.RequestsOp, _: list[Table]) -> Table:
 
 
 def _resident(op: pd.ResidentOp, _: list[Table]) -> Table:
-    arriving = op.properties.get("arriving")
-    coming = arriving.array.astype(np.bool_) if isinstance(arriving, ColumnAttr) else None
     table = _source(op.names, op.properties, _RESIDENT_COLUMNS)
-    return table.but(arriving=_none(len(table)) if coming is None else coming)
+    coming = op.properties.get("arriving")
+    flagged = isinstance(coming, ColumnAttr)
+    table.arriving = coming.array.astype(np.bool_) if flagged else _none(len(table))
+    return table
 
 
 def _matched(op: kv.MatchOp, before: list[Table]) -> Table:
@@ -334,9 +338,9 @@ def rows_named(requests: Table, op: pd.TableOp) -> Ints:
         return np.arange(len(requests))
     # Most ops name the requests that do not decode yet, and those are few.
     fresh = (~requests.resident).nonzero()[0]
-    index = {requests.names[row]: row for row in fresh.tolist()}
-    if op.names == tuple(index):
+    if len(fresh) == len(op.names) and chosen(requests.names, fresh) == op.names:
         return fresh
+    index = {requests.names[row]: row for row in fresh.tolist()}
     if not all(name in index for name in op.names):
         index = {name: row for row, name in enumerate(requests.names)}
     rows = [index.get(name) for name in op.names]
@@ -352,26 +356,24 @@ def rows_named(requests: Table, op: pd.TableOp) -> Ints:
 
 
 def ops_of_block(block: Block) -> list[Operation]:
-    """The block's ops in order; a third of the time that `block.ops` takes."""
+    """The block's ops in order; in a quarter of the time that `block.ops` takes."""
     found: list[Operation] = []
-    op = block.first_op
+    op = block._first_op
     while op is not None:
         found.append(op)
-        op = op.next_op
+        op = op._next_op
     return found
 
 
 def graphs(module: ModuleOp) -> Iterator[pd.GraphOp]:
     """The module's graphs, in the order of the text."""
-    for op in ops_of_block(module.body.block):
-        if type(op) is pd.GraphOp:
-            yield op
+    yield from [op for op in ops_of_block(module.body.block) if type(op) is pd.GraphOp]
 
 
 def ops_in(graph: pd.GraphOp) -> list[Operation]:
     """The graph's ops with those of its phases, in the order of the text."""
     ops = ops_of_block(graph.body.block)
-    if not any(type(op) is pd.PhaseOp for op in ops):
+    if pd.PhaseOp not in map(type, ops):
         return ops
     found: list[Operation] = []
     for op in ops:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -57,13 +56,15 @@ def fuse(graph: pd.GraphOp, topology: Topology, order: Order) -> None:
     reserved: dict[str, kv.ReserveOp] = {}
     scheduled: list[tuple[WordsAttr, SSAValue]] = []
     for op in flow.ops_of_block(block):
-        match op:
-            case pd.StepsOp():
-                Rewriter.erase_op(op)
-            case kv.ReserveOp() if isinstance(on := op.properties["on"], WordsAttr) and len(on):
-                reserved[on.words[on.codes[0]]] = op
-            case pd.PhaseOp() | pd.PrefillOp() | pd.DecodeOp():
-                scheduled += _scheduled(op)
+        kind = type(op)
+        if kind is pd.StepsOp:
+            Rewriter.erase_op(op)
+        elif kind is kv.ReserveOp:
+            on = op.properties["on"]
+            if isinstance(on, WordsAttr) and len(on):
+                reserved[on.words[on.codes[0]]] = op  # type: ignore[assignment]
+        elif kind in _COMPUTING:
+            scheduled += _scheduled(op)
     works = sorted(work_of(graph, topology), key=lambda w: w.num_prefills == 0)
     blocks = [_blocks(work, reserved.get(work.instance.name)) for work in works]
     last = block.last_op
@@ -91,12 +92,12 @@ def _properties(packed: Packed) -> dict[str, Attribute]:
     work, (step, row, begin, end) = packed.work, packed.chunks
     busy = (packed.until > 0) | packed.comes
     busy[row] = True
-    rows = None
+    rows: Ints | slice | None = None
     names = work.names
     if np.count_nonzero(busy) < len(busy):
-        rows = busy.nonzero()[0]
-        names = tuple(compress(names, busy.tolist()))
-        row = (np.cumsum(busy) - 1)[row]
+        rows = flow.span_of(busy.nonzero()[0])
+        names = flow.chosen(names, rows)
+        row = (busy.cumsum() - 1)[row]
     return {
         "instance": _symbol(work.instance.name),
         "num_steps": int_attr(len(packed.us)),
@@ -116,13 +117,12 @@ def _properties(packed: Packed) -> dict[str, Attribute]:
 _symbol = functools.lru_cache(4096)(SymbolRefAttr)
 
 
-def _row_columns(packed: Packed, rows: Ints | None) -> dict[str, Attribute]:
+def _row_columns(packed: Packed, rows: Ints | slice | None) -> dict[str, Attribute]:
     """The columns of a pd.steps, of these rows or all; those that say nothing are left out."""
     work = packed.work
-    computed = work.held - work.cached
     columns = {
         "prompt": work.prompt,
-        "computed": np.where(work.awaited, 0, computed),
+        "computed": work.computed,
         "cached": work.cached,
         "blocks": packed.blocks,
         "deadline": work.deadline,
@@ -135,14 +135,17 @@ def _row_columns(packed: Packed, rows: Ints | None) -> dict[str, Attribute]:
             attrs[name] = ColumnAttr(Frozen(column if rows is None else column[rows]))
     for name, words in (("source", work.source), ("target", work.target)):
         if any(words.words):
-            attrs[name] = words if rows is None else words.take(rows)
+            attrs[name] = words if rows is None else WordsAttr.of(words.words, words.codes[rows])
     return attrs
 
 
 _ALWAYS = {"prompt", "blocks"}
 
 
-def _scheduled(op: pd.PhaseOp | pd.PrefillOp | pd.DecodeOp) -> list[tuple[WordsAttr, SSAValue]]:
+_COMPUTING = {pd.PhaseOp, pd.PrefillOp, pd.DecodeOp}
+
+
+def _scheduled(op: Operation) -> list[tuple[WordsAttr, SSAValue]]:
     """What the op computes, as far as it is seen outside of its phase, and where."""
     if not isinstance(op, pd.PhaseOp):
         on = op.properties.get("on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from xdsl.context import Context
@@ -51,16 +52,18 @@ def insert(decode: pd.DecodeOp, on: WordsAttr, topology: Topology, busy: dict[Li
     crossing = _crossing(rows.place, on)
     if not crossing.size:
         return
-    source, target = rows.place.take(crossing), on.take(crossing)
+    source = flow.compact(rows.place.words, rows.place.codes[crossing])
+    target = flow.compact(on.words, on.codes[crossing])
     moving = rows.take(crossing)
-    num_bytes, us, via = _moves(_routes(decode, moving, target, topology), moving, busy)
+    routes, via = _routes(decode, moving, source, target, topology)
+    num_bytes, us = _moves(routes, via, moving.prompt, busy)
     columns: dict[str, Attribute] = {
         "ids": NamesAttr(moving.names),
         "source": source,
         "target": target,
         "bytes": ColumnAttr.of(num_bytes),
         "us": ColumnAttr.of(us),
-        "via": via,
+        "via": WordsAttr.of(["-".join(route.path.places) for route in routes], via),
     }
     transfer = pd.TransferOp.over(decode.kv, columns)
     transfer.location = decode.location
@@ -87,51 +90,57 @@ def _crossing(place: WordsAttr, on: WordsAttr) -> Ints:
 
 @dataclass(frozen=True)
 class _Route:
-    """The rows that go the same way."""
+    """The way that some rows go."""
 
-    rows: Ints
     path: Path
     bytes_per_token: float
 
 
 def _routes(
-    decode: pd.DecodeOp, rows: flow.Table, target: WordsAttr, topology: Topology
-) -> list[_Route]:
-    """The ways that rows go, in the order of their first rows."""
-    here, there = rows.place, target
+    decode: pd.DecodeOp, rows: flow.Table, here: WordsAttr, there: WordsAttr, topology: Topology
+) -> tuple[list[_Route], Ints]:
+    """The ways that rows go, in the order of their first rows; and which one each row goes."""
     pair = here.codes * len(there.words) + there.codes
+    codes = [0] if len(here.words) == len(there.words) == 1 else [*dict.fromkeys(pair.tolist())]
+    number = np.zeros(len(here.words) * len(there.words), np.int64)
+    number[codes] = np.arange(len(codes))
     routes = []
-    for code in dict.fromkeys(pair.tolist()):
-        chosen = np.flatnonzero(pair == code)
+    for code in codes:
         ends = here.words[code // len(there.words)], there.words[code % len(there.words)]
         source, to = (topology.instance(end, decode) for end in ends)
         if (path := topology.path(source, to)) is None:
             raise PassError(
-                f"{quoted(rows.names[int(chosen[0])])}: its KV is on {symbol(ends[0])} and it "
-                f"decodes on {symbol(ends[1])}, which no links connect; declare a cluster.link",
+                f"{quoted(rows.names[int((pair == code).argmax())])}: its KV is on "
+                f"{symbol(ends[0])} and it decodes on {symbol(ends[1])}, which no links connect; "
+                "declare a cluster.link",
                 decode,
             )
-        routes.append(_Route(chosen, path, source.kv_bytes_per_token))
-    return routes
+        routes.append(_Route(path, source.kv_bytes_per_token))
+    return routes, number[pair]
 
 
 def _moves(
-    routes: list[_Route], rows: flow.Table, busy: dict[Link, float]
-) -> tuple[Ints, Ints, WordsAttr]:
-    """Bytes, microseconds and path of each row, in order: on a link the earlier rows go first."""
-    via = np.zeros(len(rows), np.int64)
-    for number, route in enumerate(routes[1:], 1):
-        via[route.rows] = number
-    bytes_per_token, latency_us, bytes_per_s = np.array(
-        [(r.bytes_per_token, r.path.latency_us, r.path.bytes_per_s) for r in routes]
-    ).T[:, via]
-    size = rows.prompt * bytes_per_token
+    routes: list[_Route], via: Ints, prompt: Ints, busy: dict[Link, float]
+) -> tuple[Ints, Ints]:
+    """Bytes and microseconds of each row, in order: on a link the earlier rows go first."""
+    rates = [(r.bytes_per_token, r.path.latency_us, r.path.bytes_per_s) for r in routes]
+    bytes_per_token, latency_us, bytes_per_s = rates[0] if len(rates) == 1 else _column(rates, via)
+    size = prompt * bytes_per_token
     us = latency_us + 1e6 * size / bytes_per_s
     for link in dict.fromkeys(link for route in routes for link in route.path.links):
         sharing = [number for number, route in enumerate(routes) if link in route.path.links]
-        shared = slice(None) if len(sharing) == len(routes) else np.isin(via, sharing)
-        before = np.cumsum(size[shared]) + busy[link]
-        busy[link] = float(before[-1])
-        us[shared] = np.maximum(us[shared], latency_us[shared] + 1e6 * before / link.bytes_per_s)
-    paths = tuple("-".join(route.path.places) for route in routes)
-    return size.astype(np.int64), np.round(us).astype(np.int64), WordsAttr.of(paths, via)
+        if len(sharing) == len(routes):
+            arrived = np.cumsum(size) + busy[link]
+            us = np.maximum(us, latency_us + 1e6 * arrived / link.bytes_per_s)
+        else:
+            rows = np.isin(via, sharing)
+            arrived = np.cumsum(size[rows]) + busy[link]
+            waits = latency_us[rows] + 1e6 * arrived / link.bytes_per_s
+            us[rows] = np.maximum(us[rows], waits)
+        busy[link] = float(arrived[-1])
+    return size.astype(np.int64), np.rint(us).astype(np.int64)
+
+
+def _column(rates: list[tuple[float, float, float]], via: Ints) -> Any:
+    """[3, rows]: the rates of each row's route."""
+    return np.array(rates).T[:, via]

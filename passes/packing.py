@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -111,9 +112,12 @@ def _coming(work: Work, finished: Finished) -> tuple[Bools, Ints, list[float]]:
         return flow.flags(False, len(work.names)), rows, []
     ready = [finished.get(name) for name in flow.chosen(work.names, rows)]
     if None in ready:
-        known = [_will_come(work, row, finished) for row in rows.tolist()]
+        if work.instance.name in work.source.words:
+            known = [_will_come(work, row, finished) for row in rows.tolist()]
+        else:
+            known = [us is not None for us in ready]
         rows = rows[known]
-        ready = [finished.get(name, 0.0) for name in flow.chosen(work.names, rows)]
+        ready = [us or 0.0 for us in compress(ready, known)]
     comes = np.zeros(len(work.names), np.bool_)
     comes[rows] = True
     arrival_us = np.array(ready, np.float64) + work.transfer_us[rows]
@@ -139,34 +143,64 @@ def line(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed |
     bounded = len(work.bounds.values) != 2 * rows or instance.max_partial_prefills
     if bounded or np.count_nonzero(work.decodes) or blocks.sum() > instance.kv_blocks:
         return None
-    at, started = _line_order(work)
-    held, prompt, taken = work.held[at], work.prompt[at], blocks[at]
-    ends = np.cumsum(prompt - held)
+    started = work.held > work.cached
+    at = np.argsort(~started, kind="stable")
+    chunks, first, last = _cut(work.held[at], work.prompt[at], budget, order.limit)
+    step = chunks[0]
+    if step.size > instance.max_batch and np.bincount(step).max() > instance.max_batch:
+        return None
+    chunks[1] = at[chunks[1]]
+    first[: np.count_nonzero(started)] = 0
+    steps = int(step[-1]) + 1
+    us, tokens = _line_estimates(work, chunks, steps)
+    done = last < steps
+    names = flow.chosen(work.names, at[done])
+    finished.update(zip(names, us.cumsum()[last[done]].tolist(), strict=True))
+    taken, given = (np.bincount(n, blocks[at], steps)[:steps] for n in (first, last + 1))
+    return Packed(
+        work=work,
+        blocks=blocks,
+        chunks=chunks,
+        us=us,
+        tokens=tokens,
+        used_blocks=(taken - given).cumsum().astype(np.int64),
+        begin=flow.zeros(rows),
+        until=flow.zeros(rows),
+        comes=flow.flags(False, rows),
+    )
+
+
+def _cut(
+    held: Ints, prompt: Ints, budget: int, limit: int
+) -> tuple[npt.NDArray[np.int64], Ints, Ints]:
+    """The chunks of the first `limit` steps, and the first and the last step of each row.
+
+    >>> _cut(np.array([0, 2]), np.array([3, 6]), budget=5, limit=9)[0].T.tolist()
+    [[0, 0, 0, 3], [0, 1, 2, 4], [1, 1, 4, 6]]
+    """
+    ends = (prompt - held).cumsum()
     starts = ends - (prompt - held)
     begin = np.concatenate([starts, np.arange(budget, ends[-1], budget)])
     begin.sort()
-    begin = begin[begin[:-1] < begin[1:]] if False else begin
+    if np.count_nonzero(begin[1:] == begin[:-1]):
+        begin = np.unique(begin)
+    row = starts.searchsorted(begin, "right") - 1
+    shift = (held - starts)[row]
+    end = np.concatenate([begin[1:], ends[-1:]])
     step = begin // budget
-    return None
-
-
-def _line_order(work: Work) -> tuple[Ints, Bools]:
-    """The rows as they stand in the line, those that have begun before the others; and which."""
-    started = work.held > work.cached
-    return np.argsort(~started, kind="stable"), started
+    chunks = np.array([step, row, begin + shift, end + shift])
+    if step[-1] >= limit:
+        chunks = chunks[:, : step.searchsorted(limit)]
+    return chunks, starts // budget, (ends - 1) // budget
 
 
 def _line_estimates(work: Work, chunks: npt.NDArray[np.int64], steps: int) -> tuple[Floats, Ints]:
     """Microseconds and tokens of each step."""
     step, _, begin, end = chunks
-    pairs = np.bincount(step, _pairs(begin, end), steps)
+    # A token attends to itself and to those before it.
+    pairs = np.bincount(step, (end * (end + 1) - begin * (begin + 1)) / 2, steps)
     tokens = np.bincount(step, end - begin, steps)
     return work.instance.cost.step_us(tokens, pairs, 0.0), tokens.astype(np.int64)
-
-
-def _pairs(begin: Ints, end: Ints) -> Floats:
-    """How many tokens the tokens [begin, end) attend to, each to itself and those before it."""
-    return (end * (end + 1) - begin * (begin + 1)) / 2
 
 
 # Decodes alone
@@ -182,20 +216,20 @@ def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> 
     if len(work.names) > seats or blocks.sum() > instance.kv_blocks:
         return None
     comes, awaited, arrival_us = _coming(work, finished)
-    here = ~work.awaited
-    rows, context, used = _residents(work, blocks, here, order.limit)
-    if awaited:
+    decodes = work.decodes
+    if np.count_nonzero(work.awaited):
+        decodes = np.where(work.awaited, 0, decodes)
+    rows, context, used = _staying(decodes, work.prompt, blocks, order.limit)
+    if arrival_us:
         alone = rows.tolist(), context.tolist(), used.tolist()
-        joining = [
-            (arrival, int(work.decodes[row]), int(work.prompt[row]), int(blocks[row]))
-            for row, arrival in zip(awaited, arrival_us, strict=True)
-        ]
+        columns = (column[awaited].tolist() for column in (work.decodes, work.prompt, blocks))
+        joining = zip(arrival_us, *columns, strict=True)
         us, rows, used = _with_arrivals(work.instance.cost, alone, joining, order.limit)
     else:
         us = work.instance.cost.step_us(rows, context, context)
-    taken = np.minimum(work.decodes, len(us))
-    if np.count_nonzero(work.awaited):
-        taken = np.where(comes, work.decodes, taken * here)
+    taken = np.minimum(decodes, len(us))
+    if len(awaited):
+        taken = np.where(comes, work.decodes, taken)
     return Packed(
         work=work,
         blocks=blocks,
@@ -212,25 +246,26 @@ def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> 
 _NO_CHUNKS = np.zeros((4, 0), np.int64)
 
 
-def _residents(work: Work, blocks: Ints, here: Bools, limit: int) -> tuple[Ints, Ints, Ints]:
-    """Of each step, how many of the rows `here` decode, their tokens of KV, and their blocks."""
-    decodes, prompt = work.decodes, work.prompt
-    if not here.all():
-        decodes, prompt, blocks = decodes[here], prompt[here], blocks[here]
+def _staying(decodes: Ints, prompt: Ints, blocks: Ints, limit: int) -> tuple[Ints, Ints, Ints]:
+    """Of each step, how many rows decode, their tokens of KV, and their blocks.
+
+    A row that decodes n steps is there in those from 0 to n - 1.
+
+    >>> [column.tolist() for column in _staying(np.array([2, 1]), np.array([5, 8]), np.ones(2), 9)]
+    [[2, 1], [13, 6], [2, 1]]
+    """
     steps = min(limit, int(decodes.max())) if decodes.size else 0
     leaves = np.minimum(decodes, steps)
-    # A row that decodes n steps is there in those from 0 to n - 1.
-    gone = [np.bincount(leaves, weights, steps + 1) for weights in (None, prompt, blocks)]
-    rows, context, used = (
-        (column.sum() - np.cumsum(column))[:steps].astype(np.int64) for column in gone
-    )
+    gone = np.array([np.bincount(leaves, w, steps + 1) for w in (None, prompt, blocks)])
+    there = (gone.sum(1, keepdims=True) - gone.cumsum(1))[:, :steps].astype(np.int64)
+    rows, context, used = there
     return rows, context + rows * np.arange(steps), used
 
 
 def _with_arrivals(
     cost: StepCost,
     residents: tuple[list[int], list[int], list[int]],
-    joining: list[tuple[float, int, int, int]],
+    joining: Iterable[tuple[float, int, int, int]],
     limit: int,
 ) -> tuple[Floats, Ints, Ints]:
     """Microseconds, tokens and blocks of each step, where rows join the residents as they arrive.
@@ -282,8 +317,7 @@ class Packer:
 
     def __init__(self, work: Work, blocks: Ints, order: Order, finished: Finished) -> None:
         self.work, self.order, self.finished = work, order, finished
-        self.reserved = blocks
-        self.blocks: list[int] = blocks.tolist()
+        self.blocks = blocks
         self.chunks: list[int] = []
         self.us: list[float] = []
         self.tokens: list[int] = []
@@ -303,30 +337,31 @@ class Packer:
         work, num_prefills = self.work, self.work.num_prefills
         held = (work.held - work.cached)[:num_prefills].tolist()
         self.position = work.held[:num_prefills].tolist()
-        self.prompt = work.prompt.tolist()
-        self.decodes = work.decodes.tolist()
+        self.prompt = work.prompt[:num_prefills].tolist()
         self.offsets, self.bounds = work.bounds.offsets.tolist(), work.bounds.values.tolist()
         self.running = [row for row in range(num_prefills) if held[row] > 0]
         self.waiting = deque(row for row in range(num_prefills) if held[row] == 0)
-        self.free -= sum(self.blocks[row] for row in self.running)
-        others = np.arange(num_prefills, len(work.names))
-        self._seat_residents(others[~work.awaited[num_prefills:]])
+        self.free -= int(self.blocks[self.running].sum())
         self.comes, awaited, arrival_us = _coming(work, self.finished)
-        self.awaited, self.arrival_us = deque(awaited), deque(arrival_us)
+        self.awaited, self.arrival_us = deque(awaited.tolist()), deque(arrival_us)
         self.reserve = len(awaited) if num_prefills else 0
+        here = ~work.awaited & (work.decodes > 0)
+        here[:num_prefills] = False
+        self._seat_residents(here.nonzero()[0])
 
     def _seat_residents(self, rows: Ints) -> None:
         """Residents decode from step 0, as many as a step takes; the rest as places get free."""
         work = self.work
-        rows = rows[work.decodes[rows] > 0]
-        seated = rows[: self.seats]
-        self.standing = deque(rows[self.seats :].tolist())
+        self.free -= int(self.blocks[rows].sum())
+        seated, self.standing = rows[: self.seats], deque(rows[self.seats :].tolist())
         self.joined[seated] = 0
         self.active = len(seated)
         self.context = float(work.prompt[seated].sum())
-        self.free -= int(self.reserved[rows].sum())
-        for row in seated[work.decodes[seated] < self.order.limit].tolist():
-            self._leaves_after(row, self.decodes[row])
+        seated = seated[work.decodes[seated] < self.order.limit]
+        steps = work.decodes[seated]
+        weights = (None, work.prompt[seated] + steps, self.blocks[seated])
+        gone = np.array([np.bincount(steps, w) for w in weights]).T
+        self.leaves |= {at: gone[at].tolist() for at in gone[:, 0].nonzero()[0].tolist()}
 
     def packed(self) -> Packed:
         """Pack steps until nothing is left to do, or the horizon ends."""
@@ -338,7 +373,7 @@ class Packer:
                 break
         return Packed(
             work=self.work,
-            blocks=self.reserved,
+            blocks=self.blocks,
             chunks=np.array(self.chunks, np.int64).reshape(-1, 4).T.copy(),
             us=np.array(self.us),
             tokens=np.array(self.tokens, np.int64),
@@ -369,13 +404,6 @@ class Packer:
         if self.returned:
             self.free += self.returned.pop(len(self.us), 0)
 
-    def _leaves_after(self, row: int, steps: int) -> None:
-        """The row is done once `steps` more steps have decoded."""
-        leaving = self.leaves[self.clock + steps]
-        leaving[0] += 1
-        leaving[1] += self.prompt[row] + steps
-        leaving[2] += self.blocks[row]
-
     def _join(self) -> None:
         """Residents that stood and rows whose KV has arrived decode, where there is room."""
         while self.standing and self.active < self.seats:
@@ -386,16 +414,20 @@ class Packer:
                 break
             self.awaited.popleft()
             self.arrival_us.popleft()
-            self.free -= self.blocks[row]
+            self.free -= int(self.blocks[row])
             self._decode(row)
 
     def _decode(self, row: int) -> None:
-        """The row decodes from the step that is packed next."""
+        """The row decodes from the step that is packed next, and is done after its last one."""
+        steps, prompt = int(self.work.decodes[row]), int(self.work.prompt[row])
         self.begin[row] = len(self.us)
         self.joined[row] = self.clock
         self.active += 1
-        self.context += self.prompt[row]
-        self._leaves_after(row, self.decodes[row])
+        self.context += prompt
+        leaving = self.leaves[self.clock + steps]
+        leaving[0] += 1
+        leaving[1] += prompt + steps
+        leaving[2] += int(self.blocks[row])
 
     def _pack(self) -> bool:
         """Pack one step; False where there is nothing to compute."""
@@ -463,11 +495,11 @@ class Packer:
 
     def _starts(self) -> bool:
         """Whether the first that waits finds all its blocks; those behind wait for it."""
-        return bool(self.waiting) and self.blocks[self.waiting[0]] <= self.free
+        return bool(self.waiting and self.blocks[self.waiting[0]] <= self.free)
 
     def _start(self) -> int:
         row = self.waiting.popleft()
-        self.free -= self.blocks[row]
+        self.free -= int(self.blocks[row])
         return row
 
     def _bound(self, row: int) -> int:
@@ -478,10 +510,10 @@ class Packer:
     def _finish(self, row: int) -> None:
         """The row's prompt is computed: it decodes here from the next step, or leaves."""
         self.finished[self.work.names[row]] = self.now_us
-        if self.decodes[row] > 0:
+        if self.work.decodes[row] > 0:
             self._decode(row)
         else:
-            self.returned[len(self.us)] += self.blocks[row]
+            self.returned[len(self.us)] += int(self.blocks[row])
 
     def _until(self) -> Ints:
         """Tokens of KV of each row after its last decode; 0 where it does not decode."""

@@ -51,6 +51,15 @@ class Work:
         """Blocks that each row needs within the horizon."""
         return -(-(self.prompt + self.decodes) // self.instance.block_tokens)
 
+    @property
+    def computed(self) -> Ints:
+        """Tokens whose KV is here before step 0, beside those in the prefix cache."""
+        nothing = flow.zeros(len(self.names))
+        computed = self.held if self.cached is nothing else self.held - self.cached
+        if np.count_nonzero(self.awaited):
+            return np.where(self.awaited, 0, computed)
+        return computed
+
     @functools.cached_property
     def whole(self) -> Ints:
         """All the tokens of KV that each row may ever have here."""
@@ -86,13 +95,13 @@ def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
     decodes: dict[pd.DecodeOp, flow.Table] = {}
     transfers: list[pd.TransferOp] = []
     for op in flow.ops_in(graph):
-        match op:
-            case pd.PrefillOp():
-                prefills[op] = flow.table(op._operands[0])
-            case pd.DecodeOp():
-                decodes[op] = flow.table(op._operands[0])
-            case pd.TransferOp():
-                transfers.append(op)
+        kind = type(op)
+        if kind is pd.PrefillOp:
+            prefills[op] = flow.table(op._operands[0])  # type: ignore[index]
+        elif kind is pd.DecodeOp:
+            decodes[op] = flow.table(op._operands[0])  # type: ignore[index]
+        elif kind is pd.TransferOp:
+            transfers.append(op)  # type: ignore[arg-type]
     key: list[object] = [topology, graph.number("horizon"), *prefills.values(), *decodes.values()]
     for op in (*prefills, *decodes, *transfers):
         key.extend((op, *op.properties.values()))
@@ -162,8 +171,7 @@ def _moves(ops: list[pd.TransferOp]) -> _Moves:
     if len(ops) == 1:
         source = ops[0].properties["source"]
         assert isinstance(source, WordsAttr)
-        words = WordsAttr.from_rows(source.rows()) if len(source.words) > 1 else source
-        return _Moves(ops[0].names, words, ops[0].column("us"))
+        return _Moves(ops[0].names, source, ops[0].column("us"))
     moves: dict[str, tuple[str, int]] = {}
     for op in ops:
         us = op.column("us").tolist()
@@ -203,7 +211,7 @@ class _Splitter:
 
     def _targets(self, decode_row: Ints, local: Bools, only: Ints) -> WordsAttr:
         """Where the KV of each prefilled row goes; nowhere for the others."""
-        if local.all():
+        if np.count_nonzero(local) == len(local):
             return flow.nowhere(len(local) + len(only))
         words = self.decodes.on.words
         codes = np.full(len(local) + len(only), len(words))
@@ -268,9 +276,9 @@ def _rows_named(names: tuple[str, ...], rows: flow.Table) -> Ints:
     those that are not there."""
     fresh = (~rows.resident).nonzero()[0]
     there = rows.names
-    row_of = {there[row]: row for row in fresh.tolist()}
-    if names == tuple(row_of):
+    if len(fresh) == len(names) and flow.chosen(there, fresh) == names:
         return fresh
+    row_of = {there[row]: row for row in fresh.tolist()}
     return np.array([row_of.get(name, len(there)) for name in names], np.int64)
 
 

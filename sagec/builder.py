@@ -197,9 +197,9 @@ def _waiting_columns(waiting: Waiting) -> dict[str, Attribute]:
         "ids": _names(waiting.ids),
         "prompt": ColumnAttr.of(waiting.prompt_tokens),
     }
-    if (waiting.generate_tokens != pd.UNBOUNDED).any():
+    if np.count_nonzero(waiting.generate_tokens != pd.UNBOUNDED):
         columns["generate"] = ColumnAttr.of(waiting.generate_tokens)
-    if waiting.arrival_us.any():
+    if np.count_nonzero(waiting.arrival_us):
         columns["arrived"] = ColumnAttr.of(waiting.arrival_us)
     return columns | _promises(waiting) | _named(waiting)
 
@@ -211,7 +211,7 @@ def _promises(asked: Waiting | Running) -> dict[str, Attribute]:
         ("ttft", asked.ttft_us),
         ("tpot", asked.tpot_us),
     ):
-        if column.any():
+        if np.count_nonzero(column):
             columns[name] = ColumnAttr.of(column)
     if "ttft" in columns:
         late = np.where(asked.ttft_us > 0, asked.arrival_us + asked.ttft_us, 0)
@@ -223,7 +223,7 @@ def _named(asked: Waiting | Running) -> dict[str, Attribute]:
     columns: dict[str, Attribute] = {}
     for name in ("model", "tenant", "session", "adapter"):
         column: Strings = getattr(asked, name)
-        if column.any():
+        if np.count_nonzero(column):
             columns[name] = WordsAttr.from_rows(column.tolist())
     return columns
 
@@ -243,9 +243,9 @@ def _decided(state: State, decision: Decision, asked: pd.RequestsOp) -> dict[str
     if any(reasons := decision.reason.tolist()):
         columns["because"] = WordsAttr.from_rows(reasons)
     for name, chosen in (("prefill_on", decision.prefill_on), ("decode_on", decision.decode_on)):
-        if (chosen != ANY).any():
+        if np.count_nonzero(chosen != ANY):
             columns[name] = _places(state, chosen)
-    if decision.chunk_tokens.any():
+    if np.count_nonzero(decision.chunk_tokens):
         columns["chunk"] = ColumnAttr.of(decision.chunk_tokens)
     return columns
 
@@ -265,20 +265,7 @@ def _dense_ranks(verdict: Ints, rank: Ints) -> Ints:
 def _places(state: State, chosen: Ints) -> WordsAttr:
     """Names of the chosen instances; ANY is no name."""
     names = (*state.instances.ids.tolist(), "")
-    return _words(names, np.where(chosen == ANY, len(names) - 1, chosen))
-
-
-def _words(names: Sequence[str], codes: Ints) -> WordsAttr:
-    """The column of `names[codes]`, with the words that it has in the order of the rows."""
-    if not codes.size or (codes == codes[0]).all():
-        return WordsAttr.same(names[int(codes[0])] if codes.size else "", len(codes))
-    # Of the rows that name a word, the one assigned last is the first.
-    first = np.full(len(names), len(codes))
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
-    order = np.argsort(first)[: int((first < len(codes)).sum())]
-    number = np.empty(len(names), np.int64)
-    number[order] = np.arange(len(order))
-    return WordsAttr.of([names[code] for code in order.tolist()], number[codes])
+    return flow.compact(names, np.where(chosen == ANY, len(names) - 1, chosen))
 
 
 # Running requests
@@ -291,7 +278,9 @@ def _residents(state: State, decision: Decision, ops: list[Operation]) -> list[S
         return []
     done = running.arriving | (running.computed_tokens >= running.prompt_tokens)
     done[decision.preempt_rows] = False
-    parts = _resident_part(state, None if done.all() else np.flatnonzero(done), ops)
+    parts = _resident_part(
+        state, None if np.count_nonzero(done) == len(done) else done.nonzero()[0], ops
+    )
     if decision.preempt_rows.size:
         gone = pd.ResidentOp.of(_resident_columns(state, decision.preempt_rows))
         ops.append(gone)
@@ -315,16 +304,16 @@ def _resident_columns(state: State, rows: Ints | None) -> dict[str, Attribute]:
 
     arriving, remaining = taken(running.arriving), taken(running.remaining_tokens)
     context = np.maximum(taken(running.computed_tokens), 1)
-    if arriving.any():
+    if np.count_nonzero(arriving):
         context = np.where(arriving, taken(running.prompt_tokens), context)
     columns: dict[str, Attribute] = {
         "ids": _names(taken(running.ids)),
-        "on": _words(state.instances.ids.tolist(), taken(running.instance)),
+        "on": flow.compact(state.instances.ids.tolist(), taken(running.instance)),
         "context": ColumnAttr.of(context),
     }
-    if (remaining != pd.UNBOUNDED).any():
+    if np.count_nonzero(remaining != pd.UNBOUNDED):
         columns["remaining"] = ColumnAttr.of(remaining)
-    if arriving.any():
+    if np.count_nonzero(arriving):
         columns["arriving"] = ColumnAttr.of(arriving)
     return columns
 
@@ -346,7 +335,7 @@ def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] |
     running = state.running
     started = ~running.arriving & (running.computed_tokens < running.prompt_tokens)
     started[decision.preempt_rows] = False
-    if not started.any():
+    if not np.count_nonzero(started):
         return None
     rows = np.flatnonzero(started)
     columns: dict[str, Attribute] = {

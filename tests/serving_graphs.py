@@ -124,6 +124,10 @@ class Scene:
         head = f'pd.graph @scene {{mode = "{self.mode}"{numbers}}} {{'
         return "\n".join([*cluster, head, *([body] if body else []), end, "}"]) + "\n"
 
+    def cluster(self) -> str:
+        """The file without its graph."""
+        return self.text().split("pd.graph")[0]
+
     def _lines(self) -> Iterator[str]:
         parts = []
         if self.residents:
@@ -315,9 +319,13 @@ def _residents(draw: Draw, names: Any, decodes: list[str], most: int) -> Any:
 
 
 @st.composite
-def fresh_scenes(draw: Draw, tight: bool = False) -> Scene:
-    """Requests that all wait, with an end each, on engines that can run what is planned."""
-    where = draw(places(tight, "echo", most=3))
+def fresh_scenes(draw: Draw, tight: bool = False, apart: bool = True) -> Scene:
+    """Requests that all wait, with an end each, on engines that can run what is planned.
+
+    apart: whether phases may be on different instances; those hold as long a context each.
+    """
+    where = draw(places(tight, "echo", most=3 if apart else 1))
+    where = tuple(replace(place, kv_blocks=where[0].kv_blocks) for place in where)
     rows = tuple(
         Row(id=f"r{number}", prompt=draw(st.integers(1, 120)), generate=draw(st.integers(1, 20)))
         for number in range(draw(st.integers(1, 8)))
@@ -557,7 +565,7 @@ class Round:
 
     def cluster(self) -> str:
         """The cluster alone, as text."""
-        return Scene(self.places).text().split("pd.graph")[0]
+        return Scene(self.places).cluster()
 
 
 @st.composite

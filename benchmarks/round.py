@@ -1,0 +1,389 @@
+"""What scheduling costs: a round, stage by stage, and offline compiles from 100 to 10,000 requests.
+
+    taskset -c 0 python benchmarks/round.py --out out
+
+A round is what `CompilingPlanner` does between a strategy's decision and the plans on the wire:
+build the graph, run each pass of the pipeline `round`, lower, encode as msgpack, drop the graph.
+It is repeated on the same state; medians and 99th percentiles in microseconds of wall time, and of
+the total also of this thread's CPU time, which says more where other programs run. An offline
+compile reads a file, runs the pipeline `serve`, lowers and encodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sagec.compiler import Compiler, passes_of
+from sagec.lowering.execution_plan import plans_of
+from sagec.pipelines import PIPELINES
+from sagec.planner import CompilingPlanner
+from sagec.runtime.plan import encode
+from sagec.runtime.state import Decision, Instances, Running, State, Waiting
+
+CLUSTERS: dict[str, tuple[str, ...]] = {
+    "one hybrid instance": ("both",),
+    "prefill and decode": ("prefill", "decode"),
+    "2 prefill, 2 decode": ("prefill", "prefill", "decode", "decode"),
+}
+"""Roles of the instances of each cluster."""
+
+RESIDENTS, WAITING = (0, 64, 256, 1024), (0, 4, 64)
+REQUESTS = (100, 1_000, 10_000)
+HORIZON = 16
+BLOCK_TOKENS = 16
+BUDGET_US, BUDGET_S = 1_000, 1.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of one size. stages_us: median and 99th percentile of each, in order."""
+
+    cluster: str
+    residents: int
+    waiting: int
+    median_us: float
+    p99_us: float
+    cpu_median_us: float
+    stages_us: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Compile:
+    """An offline compile of one size: seconds of each stage, the best of some runs."""
+
+    form: str
+    requests: int
+    total_s: float
+    stages_s: dict[str, float]
+
+
+# What is measured
+
+
+def cluster_text(roles: Sequence[str]) -> str:
+    """A module of instances of one small model, a device each, with a link between any two."""
+    lines = [
+        "cluster.model @tiny {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, "
+        "ffn = 688, vocab = 1024}",
+        'cluster.device @g0 {kind = "h200", memory_bytes = 151397597184, flops_per_s = 9.9e14, '
+        "bytes_per_s = 4.8e12}",
+        *(f"cluster.device @g{device} like @g0" for device in range(1, len(roles))),
+    ]
+    for device in range(len(roles)):
+        for other in range(device):
+            ends = f"@g{other} to @g{device}"
+            lines.append(f"cluster.link {ends} {{bytes_per_s = 4.5e11, latency_us = 2.0}}")
+    for device, role in enumerate(roles):
+        lines.append(
+            f'cluster.instance @i{device} on [@g{device}] engine "torch" role {role} model @tiny '
+            f"{{kv_blocks = 400000, block_tokens = {BLOCK_TOKENS}, max_step_tokens = 2048, "
+            "max_batch = 2048}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def state_of(roles: Sequence[str], residents: int, waiting: int) -> State:
+    """A state with so many requests that decode, spread over the instances, and that wait."""
+    random = np.random.default_rng(0)
+    instances = Instances.of(
+        [f"i{index}" for index in range(len(roles))],
+        role=np.array(roles, object),
+        model="tiny",
+        engine="torch",
+        kv_blocks=400_000,
+        block_tokens=BLOCK_TOKENS,
+        max_context_tokens=131_072,
+    )
+    decoding = [index for index, role in enumerate(roles) if role != "prefill"]
+    at = random.choice(decoding, residents)
+    running = Running.of(
+        [f"resident-{row}" for row in range(residents)],
+        instance=at,
+        decode_on=at,
+        prompt_tokens=random.integers(100, 1000, residents),
+        computed_tokens=random.integers(1000, 2000, residents),
+        remaining_tokens=random.integers(1, 500, residents),
+        arrival_us=np.arange(residents),
+    )
+    asked = Waiting.of(
+        [f"waiting-{row}" for row in range(waiting)],
+        prompt_tokens=random.integers(16, 2000, waiting),
+        generate_tokens=random.integers(16, 300, waiting),
+        arrival_us=10_000 + np.arange(waiting),
+    )
+    return State(now_us=1_000_000, round=7, waiting=asked, running=running, instances=instances)
+
+
+def planner_of(roles: Sequence[str]) -> CompilingPlanner:
+    """The planner that the loop would be given for a cluster of these roles."""
+    graph = f'pd.graph @served {{mode = "hybrid", horizon = {HORIZON}}} {{ pd.yield }}\n'
+    return CompilingPlanner.of(Compiler().parse(cluster_text(roles) + graph, "cluster.mlir").module)
+
+
+class Stopwatch:
+    """Times named stages that follow each other. seconds: of each stage, a value a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """The first stage begins."""
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """`stage` ends, and the next begins."""
+        now = time.perf_counter()
+        self.seconds[stage].append(now - self._since)
+        self._since = time.perf_counter()
+
+
+def staged_round(
+    planner: CompilingPlanner, state: State, decision: Decision, watch: Stopwatch
+) -> None:
+    """One round, as `CompilingPlanner.plan` does it, with a stop of the watch after each stage."""
+    watch.start()
+    graph = planner.builder.build_round(state, decision)
+    watch.lap("build")
+    for compiler_pass in planner.passes.passes:
+        compiler_pass.apply(planner.context, graph.module)
+        watch.lap(compiler_pass.name)
+    plans = plans_of(graph.module)
+    watch.lap("lower")
+    for plan in plans:
+        encode(plan)
+    watch.lap("encode")
+    planner.builder.drop(graph)
+    watch.lap("drop")
+
+
+def measure_round(cluster: str, residents: int, waiting: int, rounds: int) -> Round:
+    """Whole rounds and staged ones, in turn."""
+    roles = CLUSTERS[cluster]
+    planner, state = planner_of(roles), state_of(roles, residents, waiting)
+    decision = Decision.admit(np.arange(waiting), state.waiting)
+    watch = Stopwatch()
+    wall_s: list[float] = []
+    cpu_s: list[float] = []
+    for _ in range(rounds):
+        begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
+        for plan in planner.plan(state, decision):
+            encode(plan)
+        cpu_s.append(time.thread_time() - begin_cpu_s)
+        wall_s.append(time.perf_counter() - begin_s)
+        staged_round(planner, state, decision, watch)
+    return Round(
+        cluster=cluster,
+        residents=residents,
+        waiting=waiting,
+        median_us=_us(statistics.median(wall_s)),
+        p99_us=_us(_p99(wall_s)),
+        cpu_median_us=_us(statistics.median(cpu_s)),
+        stages_us={
+            stage: (_us(statistics.median(seconds)), _us(_p99(seconds)))
+            for stage, seconds in watch.seconds.items()
+        },
+    )
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(int(len(values) * 0.99), len(values) - 1)]
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 1)
+
+
+def mlir_file(requests: int) -> str:
+    """A file of so many requests that nothing has decided on yet, for a pair of instances."""
+    random = np.random.default_rng(1)
+    prompts, outputs = random.integers(16, 2000, requests), random.integers(16, 300, requests)
+    rows = ",\n".join(
+        f'    "request-{row}": prompt {prompt} generate {output} arrived {1000 * row}'
+        for row, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True))
+    )
+    return (
+        cluster_text(CLUSTERS["prefill and decode"])
+        + f"pd.graph @offline {{\n  %w = pd.requests [\n{rows}\n  ] : !pd.wave<{requests}>\n"
+        "  %kv = pd.prefill %w\n  %end = pd.decode %kv\n  pd.yield %end\n}\n"
+    )
+
+
+def sage_file(requests: int) -> str:
+    """The same in the language: a cluster of a pair, and requests that say their lengths."""
+    rows = "\n".join(
+        f'  request "request-{row}" prompt {16 + row * 37 % 1984} generate {16 + row * 11 % 284}'
+        for row in range(requests)
+    )
+    return f"""model tiny {{
+  layers 4 hidden 256 heads 8 kv_heads 2 head_dim 32 ffn 688 vocab 1024
+}}
+cluster pair {{
+  instance p0 role prefill
+  instance d0 role decode
+}}
+serve tiny on pair {{
+{rows}
+}}
+"""
+
+
+FILES: dict[str, Callable[[int], str]] = {"mlir": mlir_file, "sage": sage_file}
+
+
+def measure_compile(form: str, requests: int, runs: int) -> Compile:
+    """The best of `runs` compiles of a file; the first of a size pays for what is made once."""
+    text, name = FILES[form](requests), f"offline.{form}"
+    compiler = Compiler()
+    watch = Stopwatch()
+    for _ in range(runs):
+        watch.start()
+        module = compiler.parse(text, name).module
+        watch.lap("parse")
+        for compiler_pass in passes_of("serve").passes:
+            compiler_pass.apply(compiler.context, module)
+            watch.lap(compiler_pass.name)
+        plans = compiler.lower(module)
+        watch.lap("lower")
+        for plan in plans:
+            encode(plan)
+        watch.lap("encode")
+    totals = [sum(run) for run in zip(*watch.seconds.values(), strict=True)]
+    best = totals.index(min(totals))
+    stages = {stage: round(seconds[best], 5) for stage, seconds in watch.seconds.items()}
+    return Compile(form, requests, round(min(totals), 4), stages)
+
+
+# What is said of it
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    import xdsl
+
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "xdsl": xdsl.__version__,
+        "horizon": HORIZON,
+        "pipeline": PIPELINES["round"].text,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def table_of(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, aligned, so that it reads as plain text too."""
+    cells = [list(map(str, heads)), *([_shown(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def _shown(cell: object) -> str:
+    return f"{cell:.0f}" if isinstance(cell, float) else str(cell)
+
+
+def report(where: dict[str, Any], rounds: Sequence[Round], compiles: Sequence[Compile]) -> str:
+    """All figures as Markdown."""
+    parts = [
+        "# A scheduling round",
+        ", ".join(f"{name} {value}" for name, value in where.items() if name != "pipeline") + ".",
+        f"Microseconds; the budget is {BUDGET_US} at 1024 residents and 64 waiting.",
+        table_of(
+            ("cluster", "residents", "waiting", "median", "p99", "CPU median"),
+            [
+                (r.cluster, r.residents, r.waiting, r.median_us, r.p99_us, r.cpu_median_us)
+                for r in rounds
+            ],
+        ),
+    ]
+    largest = [r for r in rounds if (r.residents, r.waiting) == _largest(rounds)]
+    parts += [f"Its stages at {_largest(rounds)[0]} residents, {_largest(rounds)[1]} waiting:"]
+    stages = {stage: None for r in largest for stage in r.stages_us}
+    parts += [
+        table_of(
+            ("stage", *(f"{r.cluster}{what}" for r in largest for what in ("", ", p99"))),
+            [(stage, *(us for r in largest for us in r.stages_us[stage])) for stage in stages],
+        )
+    ]
+    parts += ["# Offline compiles", f"Milliseconds; the budget is {BUDGET_S * 1e3:.0f} at 10,000."]
+    for form in dict.fromkeys(c.form for c in compiles):
+        of_form = [c for c in compiles if c.form == form]
+        heads = ("requests", "total", "us a request", *of_form[0].stages_s)
+        rows = [
+            (c.requests, c.total_s * 1e3, c.total_s * 1e6 / c.requests)
+            + tuple(seconds * 1e3 for seconds in c.stages_s.values())
+            for c in of_form
+        ]
+        parts += [f"From .{form}:", table_of(heads, rows)]
+    return "\n\n".join(part.rstrip("\n") for part in (*parts, vllm_line())) + "\n"
+
+
+def _largest(rounds: Sequence[Round]) -> tuple[int, int]:
+    return max((r.residents, r.waiting) for r in rounds)
+
+
+@functools.cache
+def vllm_line() -> str:
+    """Whether vLLM's scheduler could be measured beside ours."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed here, so that its scheduler was not measured beside."
+    return "vLLM is installed here; this script does not measure its scheduler."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, and write round.json and round.md where --out says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the two files")
+    parser.add_argument("--rounds", type=int, default=300, help="rounds of each size")
+    parser.add_argument("--quick", action="store_true", help="a few of each, to see that it runs")
+    args = parser.parse_args(argv)
+    residents, waiting = (RESIDENTS, WAITING) if not args.quick else ((0, 64), (4,))
+    sizes, runs = (REQUESTS, 3) if not args.quick else ((100,), 1)
+    rounds = [
+        measure_round(cluster, r, w, args.rounds if not args.quick else 3)
+        for cluster in CLUSTERS
+        for r in residents
+        for w in waiting
+        if r + w
+    ]
+    compiles = [measure_compile(form, size, runs) for form in FILES for size in sizes]
+    text = report(machine(), rounds, compiles)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    answer = {
+        **machine(),
+        "rounds": [asdict(one) for one in rounds],
+        "compiles": [asdict(one) for one in compiles],
+    }
+    (args.out / "round.json").write_text(json.dumps(answer, indent=1))
+    (args.out / "round.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
