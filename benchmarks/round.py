@@ -226,17 +226,22 @@ def mlir_file(requests: int) -> str:
 def sage_file(requests: int) -> str:
     """The same in the language: a cluster of a pair, and requests that say their lengths."""
     rows = "\n".join(
-        f'  request "request-{row}" prompt {16 + row * 37 % 1984} generate {16 + row * 11 % 284}'
+        f'  request "request-{row}" tokens {16 + row * 37 % 1984} generate {16 + row * 11 % 284} '
+        f"arrives {row}ms"
         for row in range(requests)
     )
     return f"""model tiny {{
   layers 4 hidden 256 heads 8 kv_heads 2 head_dim 32 ffn 688 vocab 1024
 }}
+
 cluster pair {{
-  instance p0 role prefill
-  instance d0 role decode
+  devices g0, g1 kind h200
+  link g0 to g1 bandwidth 450GB/s latency 2us
+  instance p0 role prefill on g0 engine torch kv_blocks 400000 block 16 budget 2048 max_batch 2048
+  instance d0 role decode on g1 engine torch kv_blocks 400000 block 16 budget 2048 max_batch 2048
 }}
-serve tiny on pair {{
+
+serve on pair with fifo mode strict {{
 {rows}
 }}
 """
@@ -305,7 +310,9 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _shown(cell: object) -> str:
-    return f"{cell:.0f}" if isinstance(cell, float) else str(cell)
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.0f}" if cell >= 10 else f"{cell:.2f}"
 
 
 def report(where: dict[str, Any], rounds: Sequence[Round], compiles: Sequence[Compile]) -> str:
@@ -336,8 +343,8 @@ def report(where: dict[str, Any], rounds: Sequence[Round], compiles: Sequence[Co
         of_form = [c for c in compiles if c.form == form]
         heads = ("requests", "total", "us a request", *of_form[0].stages_s)
         rows = [
-            (c.requests, c.total_s * 1e3, c.total_s * 1e6 / c.requests)
-            + tuple(seconds * 1e3 for seconds in c.stages_s.values())
+            [c.requests, *(1e3 * s for s in (c.total_s, 1e3 * c.total_s / c.requests))]
+            + [seconds * 1e3 for seconds in c.stages_s.values()]
             for c in of_form
         ]
         parts += [f"From .{form}:", table_of(heads, rows)]

@@ -44,10 +44,10 @@ def check_graph(graph: pd.GraphOp, topology: Topology) -> None:
     _check_requests(ops, steps, topology)
     for op in steps:
         instance = topology.instance(op.instance_name, op)
-        _refuse(instance_faults(instance), op)
+        _refuse(instance_faults(instance), instance.op)
         for word in _words(op, "target"):
             other = topology.instance(word, op)
-            _refuse(hand_over_faults(instance, other), op)
+            _refuse(hand_over_faults(instance, other), other.op)
         _refuse(step_faults(instance, op), op)
 
 

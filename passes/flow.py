@@ -285,8 +285,10 @@ def _requests(op: pd.RequestsOp, _: list[Table]) -> Table:
 def _resident(op: pd.ResidentOp, _: list[Table]) -> Table:
     table = _source(op.names, op.properties, _RESIDENT_COLUMNS)
     coming = op.properties.get("arriving")
-    flagged = isinstance(coming, ColumnAttr)
-    table.arriving = coming.array.astype(np.bool_) if flagged else _none(len(table))
+    if isinstance(coming, ColumnAttr):
+        table.arriving = coming.array.astype(np.bool_)
+    else:
+        table.arriving = _none(len(table))
     return table
 
 

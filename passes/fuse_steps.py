@@ -152,7 +152,7 @@ def _scheduled(op: Operation) -> list[tuple[WordsAttr, SSAValue]]:
         return [(on, op.results[0])] if isinstance(on, WordsAttr) else []
     last = op.body.block.last_op
     assert last is not None
-    found = []
+    found: list[tuple[WordsAttr, SSAValue]] = []
     for inner, result in zip(last.operands, op.results, strict=True):
         on = inner.owner.properties.get("on") if isinstance(inner.owner, Operation) else None
         if isinstance(on, WordsAttr):

@@ -85,7 +85,8 @@ def _crossing(place: WordsAttr, on: WordsAttr) -> Ints:
     moves = here != there
     if NOWHERE in number:
         moves &= (here != number[NOWHERE]) & (there != number[NOWHERE])
-    return moves.nonzero()[0]
+    rows: Ints = moves.nonzero()[0]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def _moves(
 ) -> tuple[Ints, Ints]:
     """Bytes and microseconds of each row, in order: on a link the earlier rows go first."""
     rates = [(r.bytes_per_token, r.path.latency_us, r.path.bytes_per_s) for r in routes]
-    bytes_per_token, latency_us, bytes_per_s = rates[0] if len(rates) == 1 else _column(rates, via)
+    # Of each row, or one for all.
+    per_row: Any = np.array(rates).T[:, via] if len(rates) > 1 else rates[0]
+    bytes_per_token, latency_us, bytes_per_s = per_row
     size = prompt * bytes_per_token
     us = latency_us + 1e6 * size / bytes_per_s
     for link in dict.fromkeys(link for route in routes for link in route.path.links):
@@ -139,8 +142,3 @@ def _moves(
             us[rows] = np.maximum(us[rows], waits)
         busy[link] = float(arrived[-1])
     return size.astype(np.int64), np.rint(us).astype(np.int64)
-
-
-def _column(rates: list[tuple[float, float, float]], via: Ints) -> Any:
-    """[3, rows]: the rates of each row's route."""
-    return np.array(rates).T[:, via]

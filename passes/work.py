@@ -285,7 +285,8 @@ def _rows_named(names: tuple[str, ...], rows: flow.Table) -> Ints:
 def _is_on(on: WordsAttr, name: str) -> Bools:
     if on.words == (name,):
         return np.ones(len(on), np.bool_)
-    return on.codes == (on.words.index(name) if name in on.words else len(on.words))
+    here: Bools = on.codes == (on.words.index(name) if name in on.words else len(on.words))
+    return here
 
 
 def _rows_on(on: WordsAttr, name: str) -> Ints:

@@ -1,149 +1,217 @@
 // RUN: sagec opt -p "apply-decision" --split-input-file --verify-diagnostics %s | filecheck %s
 // RUN: sagec opt -p "apply-decision,apply-decision" --split-input-file --verify-diagnostics %s | filecheck %s
 
-// The admitted go on in rank order; the others leave, with the reason, in the order of the wave.
-// CHECK-LABEL: pd.graph @ranks
+// The admitted go on in rank order; the others leave with their reason.
+// CHECK-LABEL: pd.graph @by_rank
 // CHECK-NEXT: pd.leave [
-// CHECK-NEXT: "b": defer because "no KV",
-// CHECK-NEXT: "d": reject because "too long",
-// CHECK-NEXT: "e": defer because "the strategy did not decide"
-// CHECK-NEXT: ]
-// CHECK-NEXT: %go = pd.requests [
-// CHECK-NEXT: "c": prompt 3 generate 30,
-// CHECK-NEXT: "a": prompt 1 generate 10 tenant "blue"
+// CHECK-NEXT: "late": reject because "deadline passed",
+// CHECK-NEXT: "big": defer because "no KV"
+// CHECK: %go = pd.requests [
+// CHECK-NEXT: "b": prompt 96 generate 64,
+// CHECK-NEXT: "a": prompt 1024 generate 256
 // CHECK-NEXT: ] : !pd.wave<2>
 // CHECK-NEXT: %kv = pd.prefill %go : !pd.kv<2>
 // CHECK-NEXT: %end = pd.decode %kv : !pd.kv<2>
-pd.graph @ranks {
+// CHECK-NEXT: pd.yield %end : !pd.kv<2>
+// CHECK-NOT: pd.decide
+pd.graph @by_rank {
   %new = pd.requests [
-    "a": prompt 1 generate 10 tenant "blue",
-    "b": prompt 2 generate 20,
-    "c": prompt 3 generate 30,
-    "d": prompt 4,
-    "e": prompt 5
+    "a": prompt 1024 generate 256,
+    "late": prompt 7 generate 1,
+    "b": prompt 96 generate 64,
+    "big": prompt 9000 generate 1
   ]
   %go = pd.decide %new [
-    "d": reject because "too long",
-    "a": admit rank 1,
-    "c": admit rank 0,
-    "b": defer because "no KV"
+    "b": admit rank 0,
+    "a": admit rank 1 because "slack 166 ms",
+    "late": reject because "deadline passed",
+    "big": defer because "no KV"
   ]
-  %kv = pd.prefill %go
+  %kv = pd.prefill %go : !pd.kv<4>
   %end = pd.decode %kv
   pd.yield %end
 }
 
-// -----
-
-// Where everybody is admitted as they came, the wave is what was asked.
-// CHECK-LABEL: pd.graph @all
-// CHECK-NEXT: %[[WAVE:.*]] = pd.requests [
-// CHECK-NEXT: "a": prompt 1,
-// CHECK-NEXT: "b": prompt 2
+// Without ranks the order is that of the decision; who is not named waits.
+// CHECK-LABEL: pd.graph @without_ranks
+// CHECK-NEXT: pd.leave [
+// CHECK-NEXT: "b": defer because "the strategy did not decide"
+// CHECK: %go = pd.requests [
+// CHECK-NEXT: "c": prompt 3,
+// CHECK-NEXT: "a": prompt 1
 // CHECK-NEXT: ] : !pd.wave<2>
-// CHECK-NEXT: %kv = pd.prefill %[[WAVE]] : !pd.kv<2>
-pd.graph @all {
-  %new = pd.requests ["a": prompt 1, "b": prompt 2]
-  %go = pd.decide %new ["a": admit rank 0, "b": admit rank 1]
+pd.graph @without_ranks {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2, "c": prompt 3]
+  %go = pd.decide %new ["c": admit, "a": admit]
   %kv = pd.prefill %go
+  pd.yield %kv
 }
 
-// -----
-
-// Instances and chunk bounds that the strategy asks for become the requests' own.
+// What the strategy says of places and chunks holds; what it leaves open stays as it was asked.
 // CHECK-LABEL: pd.graph @hints
-// CHECK: "a": prompt 100 chunk 16 on @p1 decode_on @d0,
-// CHECK-NEXT: "b": prompt 100 chunk 32
+// CHECK: %go = pd.requests [
+// CHECK-NEXT: "a": prompt 100 chunk 32 on @p1 decode_on @d1,
+// CHECK-NEXT: "b": prompt 200 chunk 64 on @p0
 pd.graph @hints {
-  %new = pd.requests ["a": prompt 100, "b": prompt 100 chunk 32]
-  %go = pd.decide %new ["a": admit rank 0 prefill_on @p1 decode_on @d0 chunk 16, "b": admit rank 1]
+  %new = pd.requests ["a": prompt 100, "b": prompt 200 on @p0 chunk 64]
+  %go = pd.decide %new ["a": admit prefill_on @p1 decode_on @d1 chunk 32, "b": admit]
   %kv = pd.prefill %go
+  pd.yield %kv
 }
 
-// -----
-
-// Nobody is admitted: the graph goes on, of nothing.
-// CHECK-LABEL: pd.graph @none
-// CHECK: %kv = pd.prefill %{{.*}} : !pd.kv<0>
-pd.graph @none {
-  %new = pd.requests ["a": prompt 1]
-  %go = pd.decide %new ["a": defer because "later"]
+// A prefix match below the decision goes into the admitted rows.
+// CHECK-LABEL: pd.graph @matched
+// CHECK: %go = pd.requests [
+// CHECK-NEXT: "b": prompt 200 cached 128,
+// CHECK-NEXT: "a": prompt 100
+// CHECK-NOT: kv.match
+pd.graph @matched {
+  %new = pd.requests ["a": prompt 100, "b": prompt 200]
+  %hit = kv.match %new ["b": tokens 128]
+  %go = pd.decide %hit ["b": admit rank 0, "a": admit rank 1]
   %kv = pd.prefill %go
+  pd.yield %kv
 }
 
-// -----
+// Nobody is admitted: the wave is empty, and so is all that is made of it.
+// CHECK-LABEL: pd.graph @nobody
+// CHECK: %go = pd.requests [] : !pd.wave<0>
+// CHECK-NEXT: %kv = pd.prefill %go : !pd.kv<0>
+// CHECK-NEXT: %all = pd.join %old, %kv : !pd.kv<1>, !pd.kv<0>
+// CHECK-NEXT: %end = pd.decode %all : !pd.kv<1>
+pd.graph @nobody {
+  %old = pd.resident on @d0 ["r": context 10]
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": defer, "b": defer]
+  %kv = pd.prefill %go : !pd.kv<2>
+  %all = pd.join %old, %kv : !pd.kv<1>, !pd.kv<2>
+  %end = pd.decode %all : !pd.kv<3>
+  pd.yield %end : !pd.kv<3>
+}
 
-// Residents that are preempted lose their place; those that are not named go on.
-// CHECK-LABEL: pd.graph @preempted
+// Residents that are preempted lose their KV, by recomputation or to the host.
+// CHECK-LABEL: pd.graph @residents
 // CHECK: %kept = pd.preempt %old [
-// CHECK-NEXT: "b": preempt on @d0 because "KV is short"
-// CHECK-NEXT: "c": swap on @d1
-// CHECK: %end = pd.decode %kept : !pd.kv<1>
-pd.graph @preempted {
-  %old = pd.resident ["a": on @d0 context 9, "b": on @d0 context 9, "c": on @d1 context 9]
-  %kept = pd.decide %old ["b": preempt because "KV is short", "c": swap]
+// CHECK-NEXT: "r": preempt on @d0 because "KV",
+// CHECK-NEXT: "t": swap on @d1
+// CHECK-NEXT: ] : !pd.kv<3>
+// CHECK-NEXT: %end = pd.decode %kept : !pd.kv<1>
+pd.graph @residents {
+  %old = pd.resident ["r": context 10 on @d0, "s": context 20 on @d0, "t": context 30 on @d1]
+  %kept = pd.decide %old ["r": preempt because "KV", "s": admit, "t": swap]
   %end = pd.decode %kept
+  pd.yield %end
+}
+
+// Where no resident is preempted, nothing is written.
+// CHECK-LABEL: pd.graph @all_stay
+// CHECK-NEXT: %old = pd.resident
+// CHECK-NOT: pd.preempt
+// CHECK: pd.decode %old
+pd.graph @all_stay {
+  %old = pd.resident on @d0 ["r": context 10]
+  %kept = pd.decide %old ["r": admit]
+  %end = pd.decode %kept
+  pd.yield %end
+}
+
+// A decision in a phase, and the phase's type with it.
+// CHECK-LABEL: pd.graph @in_a_phase
+// CHECK: pd.yield %{{.*}} : !pd.kv<1>
+// CHECK-NEXT: } : !pd.kv<1>
+// CHECK-NEXT: pd.yield %kv : !pd.kv<1>
+pd.graph @in_a_phase {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": admit]
+  %kv = pd.phase prefill {
+    %0 = pd.prefill %go
+    pd.yield %0
+  } : !pd.kv<2>
+  pd.yield %kv
 }
 
 // -----
 
-// CHECK: error: pd.decide: no request "z"
-// CHECK: there are: a
-pd.graph @unknown_row {
-  %new = pd.requests ["a": prompt 1]
-  %go = pd.decide %new ["z": admit]
+// Rows that do not exist.
+// CHECK: error: pd.decide: no request "x" in !pd.wave<2>
+// CHECK: there are: a, b
+
+pd.graph @no_such_row {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["x": admit]
+  %kv = pd.prefill %go
+  pd.yield %kv
 }
 
 // -----
 
-// CHECK: error: "b" has rank 2, which does not exist
+// Ranks that do not exist, and ranks that two rows have.
+// CHECK: error: "b" has rank 7, which does not exist
 // CHECK: the ranks of 2 admitted rows are 0 to 1
-pd.graph @unknown_rank {
-  %new = pd.requests ["a": prompt 1, "b": prompt 1]
-  %go = pd.decide %new ["a": admit rank 0, "b": admit rank 2]
+
+pd.graph @no_such_rank {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": admit rank 0, "b": admit rank 7]
+  %kv = pd.prefill %go
+  pd.yield %kv
 }
 
 // -----
 
-// CHECK: error: "b" has rank 1, which another row has too
-pd.graph @same_rank {
-  %new = pd.requests ["a": prompt 1, "b": prompt 1]
-  %go = pd.decide %new ["a": admit rank 1, "b": admit rank 1]
+// CHECK: error: "b" has rank 0, which another row has too
+// CHECK: the ranks of 2 admitted rows are 0 to 1
+
+pd.graph @rank_twice {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": admit rank 0, "b": admit rank 0]
+  %kv = pd.prefill %go
+  pd.yield %kv
 }
 
 // -----
 
 // CHECK: error: rows are decided twice
 // CHECK: one pd.decide a wave
-pd.graph @twice {
-  %new = pd.requests ["a": prompt 1]
-  %one = pd.decide %new ["a": admit]
-  %two = pd.decide %one ["a": admit]
+
+pd.graph @decided_twice {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %again = pd.decide %go ["a": admit] : !pd.wave<2>
+  %go = pd.decide %new ["a": admit, "b": admit]
+  %kv = pd.prefill %again
+  pd.yield %kv
 }
 
 // -----
 
-// CHECK: error: rows are decided twice
-pd.graph @beside_each_other {
-  %new = pd.requests ["a": prompt 1, "b": prompt 1]
-  %one = pd.decide %new ["a": admit]
-  %two = pd.decide %new ["b": admit]
+// CHECK: error: pd.decide of what pd.join gives
+// CHECK: decide what pd.requests brings
+
+pd.graph @decided_too_late {
+  %old = pd.resident on @d0 ["r": context 10]
+  %all = pd.join %old
+  %go = pd.decide %all ["r": preempt]
+  pd.yield %go
 }
 
 // -----
 
-// CHECK: error: "a" waits and holds no KV to preempt
+// Who waits has nothing to preempt, who decodes is not deferred.
+// CHECK: error: "b" waits and holds no KV to preempt
 // CHECK: admit, defer or reject it
-pd.graph @nothing_to_preempt {
-  %new = pd.requests ["a": prompt 1]
-  %go = pd.decide %new ["a": preempt]
+
+pd.graph @preempt_waiting {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": admit, "b": preempt]
+  pd.yield
 }
 
 // -----
 
-// CHECK: error: "a" decodes already
+// CHECK: error: "r" decodes already
 // CHECK: what it can be is admit, preempt or swap
-pd.graph @decodes_already {
-  %old = pd.resident on @d0 ["a": context 1]
-  %go = pd.decide %old ["a": reject]
+
+pd.graph @defer_resident {
+  %old = pd.resident on @d0 ["r": context 10]
+  %go = pd.decide %old ["r": defer]
+  pd.yield
 }
