@@ -2,8 +2,8 @@
 
 // TurboMind's loop aborts where a step leaves two prompts unfinished, so its instances say that one
 // may be; then every step that the passes make is legal.
-// CHECK: error: instance @i0: any number of prompts may be unfinished after a step; turbomind takes 1
-// CHECK: say max_partial_prefills = 1
+// CHECK: error: instance @i0: any number of prompts may be unfinished after a step
+// CHECK: turbomind takes 1: say max_partial_prefills = 1
 cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
 cluster.device @g0
 cluster.instance @i0 on [@g0] engine "turbomind" role both model @m {kv_blocks = 40, block_tokens = 64}
