@@ -287,7 +287,7 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "xdsl": xdsl.__version__,
+        "xdsl": str(xdsl.__version__),
         "horizon": HORIZON,
         "pipeline": PIPELINES["round"].text,
     }

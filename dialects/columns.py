@@ -71,8 +71,8 @@ PayloadT = TypeVar("PayloadT")
 class _Payload(Data[PayloadT]):
     """An attribute whose payload is all there is: nothing to verify, which takes half the time."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, data: PayloadT) -> None:
+        object.__setattr__(self, "data", data)
 
 
 @irdl_attr_definition

@@ -16,7 +16,7 @@ from xdsl.utils.target import Target
 
 from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr
-from sagec.dialects.scalars import value_of
+from sagec.dialects.scalars import int_attr, value_of
 from sagec.passes.errors import PassError
 from sagec.passes.flow import compact, graphs, ops_in, zeros
 from sagec.passes.topology import Instance, Topology, topology_of
@@ -25,7 +25,8 @@ from sagec.runtime.plan_text import to_text
 
 
 def plans_of(module: ModuleOp) -> list[p.ExecutionPlan]:
-    """The plans of all graphs of the module, in the order of their pd.steps.
+    """The plans of all graphs of the module, in the order of their pd.steps; then those of
+    instances that only free or move KV.
 
     Raises PassError for a graph that has requests and no steps: fuse-steps has not run.
     """
@@ -40,9 +41,29 @@ def _graph_plans(graph: pd.GraphOp, topology: Topology) -> list[p.ExecutionPlan]
         raise PassError(f"pd.graph @{graph.symbol} has no pd.steps; run fuse-steps first", graph)
     digest = digest_of(ops)
     extras = _Extras(ops)
+    scheduled = {op.instance_name for op in steps}
+    instances = [topology.instance(op.instance_name, op) for op in steps]
+    for name in extras.instances():
+        if name not in scheduled:
+            instances.append(instance := topology.instance(name, graph))
+            steps.append(_no_steps(instance))
     return [
-        _plan(graph, op, topology.instance(op.instance_name, op), extras, digest) for op in steps
+        _plan(graph, op, instance, extras, digest)
+        for op, instance in zip(steps, instances, strict=True)
     ]
+
+
+def _no_steps(instance: Instance) -> pd.StepsOp:
+    """The steps of an instance that computes nothing: it only frees or moves KV."""
+    numbers = {"num_steps": 0, "max_step_tokens": instance.max_step_tokens}
+    columns = ("chunk_step", "chunk_row", "chunk_begin", "chunk_end")
+    properties: dict[str, Attribute] = {
+        "instance": SymbolRefAttr(instance.name),
+        "ids": NamesAttr(()),
+        **{name: int_attr(number) for name, number in numbers.items()},
+        **{name: ColumnAttr.of([]) for name in columns},
+    }
+    return pd.StepsOp.create(properties=properties)
 
 
 _WORK = {pd.PrefillOp, pd.DecodeOp}
@@ -63,6 +84,13 @@ class _Extras:
                 self.evicts.append(op)  # type: ignore[arg-type]
             elif kind is kv.MigrateOp:
                 self.migrates.append(op)  # type: ignore[arg-type]
+
+    def instances(self) -> list[str]:
+        """The instances that have something to do, each once."""
+        named = [name for op in self.preempts for name in op.words("on")]
+        named += [_names(op.instance) for op in self.evicts]
+        named += [_names(op.instance) for op in self.migrates]
+        return list(dict.fromkeys(named))
 
     def preempted(self, instance: str) -> tuple[list[str], list[int]]:
         """Ids of the rows that leave the instance, and how."""
@@ -223,17 +251,22 @@ _DERIVED = {pd.StepsOp, pd.TransferOp, pd.PhaseOp, pd.YieldOp, kv.ReserveOp}
 
 
 def digest_of(ops: Iterable[Operation]) -> str:
-    """A name of what the ops say: 16 hexadecimal digits of a sha256, the same on every machine."""
-    parts: list[bytes | memoryview] = []
-    for op in ops:
-        if type(op) not in _DERIVED:
-            parts.append(op.name.encode())
-            properties = op.properties
-            for name in sorted(properties):
-                parts.append(name.encode())
-                attr = properties[name]
-                parts += _BYTES.get(type(attr), _bytes_of_scalar)(attr)
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    """A name of what the ops say: 16 hexadecimal digits of a sha256, the same on every machine.
+
+    The order of the ops says nothing, so that phases, which move them, change nothing either.
+    """
+    said = sorted(_bytes_of(op) for op in ops if type(op) not in _DERIVED)
+    return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
+
+
+def _bytes_of(op: Operation) -> bytes:
+    parts: list[bytes | memoryview] = [op.name.encode()]
+    properties = op.properties
+    for name in sorted(properties):
+        attr = properties[name]
+        parts.append(name.encode())
+        parts += _BYTES.get(type(attr), _bytes_of_scalar)(attr)
+    return b"\0".join(parts)
 
 
 _Bytes = tuple[bytes | memoryview, ...]

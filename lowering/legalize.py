@@ -13,7 +13,7 @@ from xdsl.ir import Operation
 from xdsl.passes import ModulePass
 
 from sagec.dialects import pd
-from sagec.dialects.columns import quoted
+from sagec.dialects.columns import ColumnAttr, quoted
 from sagec.dialects.rows import symbol
 from sagec.lowering.targets import Ability, ability_of, known
 from sagec.passes.errors import PassError
@@ -40,7 +40,7 @@ class LegalizePass(ModulePass):
 def check_graph(graph: pd.GraphOp, topology: Topology) -> None:
     """Raise PassError at the first rule that the graph breaks."""
     ops = ops_in(graph)
-    steps = [op for op in ops if isinstance(op, pd.StepsOp)]
+    steps = [op for op in ops if type(op) is pd.StepsOp]
     _check_requests(ops, steps, topology)
     for op in steps:
         instance = topology.instance(op.instance_name, op)
@@ -203,7 +203,7 @@ def _check_requests(ops: list[Operation], steps: list[pd.StepsOp], topology: Top
     engines = {topology.instance(op.instance_name, op).engine for op in steps}
     abilities = [ability for engine in engines if (ability := ability_of(engine)) is not None]
     for op in ops:
-        if isinstance(op, pd.RequestsOp):
+        if type(op) is pd.RequestsOp:
             _refuse(_sample_faults(op, handed, abilities), op)
             _refuse(_adapter_faults(op, abilities), op)
 
@@ -250,15 +250,18 @@ def _budget_faults(instance: Instance, steps: pd.StepsOp) -> Iterator[str]:
     budget = steps.number("max_step_tokens")
     if budget > instance.max_step_tokens:
         yield f"steps of {budget} tokens; its budget is {instance.max_step_tokens}"
-    step, _, begin, end = steps.chunks
-    prompts = np.bincount(step, end - begin, steps.number("num_steps")) if step.size else step
-    predicted = steps.step_tokens
-    tokens = predicted.array if predicted is not None and len(predicted) else prompts
+    predicted = steps.properties.get("step_tokens")
+    if isinstance(predicted, ColumnAttr) and len(predicted):
+        tokens = predicted.array
+    else:
+        step, _, begin, end = steps.chunks
+        prompts = np.bincount(step, end - begin, steps.number("num_steps"))
+        tokens = prompts if step.size else step
     if tokens.size and tokens.max() > budget:
         worst = int(tokens.argmax())
         yield f"step {worst} computes {int(tokens[worst])} tokens; its budget is {budget}"
-    blocks = steps.step_blocks
-    if blocks is not None and len(blocks) and blocks.array.max() > instance.kv_blocks:
+    blocks = steps.properties.get("step_blocks")
+    if isinstance(blocks, ColumnAttr) and len(blocks) and blocks.array.max() > instance.kv_blocks:
         worst = int(blocks.array.argmax())
         yield (
             f"step {worst} holds {int(blocks.array[worst])} KV blocks; it has {instance.kv_blocks}"
@@ -269,7 +272,7 @@ def _partial_faults(
     instance: Instance, steps: pd.StepsOp, ability: Ability | None
 ) -> Iterator[str]:
     """Prompts that steps leave unfinished, and chunks that do not follow each other."""
-    step, row, begin, end = steps.chunks
+    step, row, _, end = steps.chunks
     if not step.size:
         return
     partial = end < steps.column("prompt")[row]
@@ -288,6 +291,14 @@ def _partial_faults(
                 f"step {worst} leaves {int(counts[worst])} prompts unfinished; "
                 f"{instance.engine} takes {allowed}"
             )
+    yield from _gap_faults(steps)
+
+
+def _gap_faults(steps: pd.StepsOp) -> Iterator[str]:
+    """Chunks of a prompt that do not follow each other."""
+    _, row, begin, end = steps.chunks
+    if np.count_nonzero(np.bincount(row)) == len(row):
+        return  # each has one
     order = np.argsort(row, kind="stable")
     follows = row[order][1:] == row[order][:-1]
     gap = follows & (begin[order][1:] != end[order][:-1])

@@ -79,12 +79,14 @@ def _admits_all(decide: pd.DecideOp, source: pd.RequestsOp | pd.ResidentOp) -> b
     said = decide.properties
     if type(source) is not pd.RequestsOp or decide.decided.owner is not source:
         return False
-    if decide.names != source.names or said.keys() & _HINTS or decide.column("verdict").any():
+    if decide.names != source.names or not _HINTS.isdisjoint(said):
         return False
-    ranks = said.get("rank")
-    return not isinstance(ranks, ColumnAttr) or bool(
-        (ranks.array == np.arange(len(ranks.array))).all()
-    )
+    verdicts, ranks = said["verdict"], said.get("rank")
+    if not isinstance(verdicts, ColumnAttr) or np.count_nonzero(verdicts.array != pd.ADMIT):
+        return False
+    if not isinstance(ranks, ColumnAttr):
+        return True
+    return not np.count_nonzero(ranks.array != np.arange(len(ranks.array)))
 
 
 def _source(value: SSAValue, decide: pd.DecideOp) -> pd.RequestsOp | pd.ResidentOp:
@@ -106,7 +108,7 @@ def _erase_chain(op: Operation) -> None:
     op.detach()  # type: ignore[no-untyped-call]
     op.erase()
     for maker in makers:
-        if isinstance(maker, Operation) and not any(r.uses for r in maker.results):
+        if isinstance(maker, Operation) and all(r.first_use is None for r in maker.results):
             _erase_chain(maker)
 
 

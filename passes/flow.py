@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -95,7 +95,12 @@ def chosen(names: tuple[str, ...], span: Ints | slice) -> tuple[str, ...]:
         return names[span]
     if len(span) < 2:
         return tuple([names[row] for row in span.tolist()])
-    return operator.itemgetter(*span.tolist())(names)  # type: ignore[no-any-return]
+    breaks = (span[1:] - span[:-1] != 1).nonzero()[0]
+    if len(breaks) > len(span) // 16:
+        return operator.itemgetter(*span.tolist())(names)  # type: ignore[no-any-return]
+    begins = span[np.concatenate([[0], breaks + 1])].tolist()
+    ends = (span[np.concatenate([breaks, [len(span) - 1]])] + 1).tolist()
+    return sum([names[begin:end] for begin, end in zip(begins, ends, strict=True)], ())
 
 
 _COLUMNS = frozenset(Table.__annotations__)
@@ -137,7 +142,7 @@ def table(value: SSAValue) -> Table:
     if isinstance(op, Block):
         raise PassError("a block argument carries no requests; graphs have none")
     before = [table(operand) for operand in op._operands]
-    key = (*op.properties.values(), *before)
+    key = (*_said(op), *before)
     # Kept with the op, so that it goes when the op goes; in line, for a round asks fifty times.
     known: tuple[tuple[object, ...], Table] | None = op.__dict__.get("_table")
     if known is not None and known[0] == key:
@@ -152,6 +157,17 @@ def table(value: SSAValue) -> Table:
     made = make(op, before)
     op.__dict__["_table"] = (key, made)
     return made
+
+
+def remember(op: Operation, made: Table) -> None:
+    """What `table` would find out of an op that a pass has just made."""
+    op.__dict__["_table"] = ((*_said(op), *map(table, op._operands)), made)
+
+
+def _said(op: Operation) -> Iterable[Attribute | None]:
+    """The properties that bear on the op's table; how a prompt is cut does not."""
+    properties = op.properties
+    return (properties.get("on"),) if type(op) is pd.PrefillOp else properties.values()
 
 
 def joined(tables: list[Table]) -> Table:

@@ -97,7 +97,7 @@ def _properties(packed: Packed) -> dict[str, Attribute]:
     if np.count_nonzero(busy) < len(busy):
         rows = flow.span_of(busy.nonzero()[0])
         names = flow.chosen(names, rows)
-        row = (busy.cumsum() - 1)[row]
+        row = row - rows.start if isinstance(rows, slice) else (busy.cumsum() - 1)[row]
     return {
         "instance": _symbol(work.instance.name),
         "num_steps": int_attr(len(packed.us)),

@@ -36,6 +36,8 @@ class InsertTransfersPass(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         topology = topology_of(op)
+        if len(topology.instances) < 2:
+            return
         for graph in flow.graphs(op):
             busy: dict[Link, float] = defaultdict(float)
             for decode in flow.ops_of(graph, pd.DecodeOp):
@@ -44,33 +46,37 @@ class InsertTransfersPass(ModulePass):
 
 
 def insert(decode: pd.DecodeOp, on: WordsAttr, topology: Topology, busy: dict[Link, float]) -> None:
-    """Put a pd.transfer before `decode` for the rows whose KV is elsewhere.
+    """Put a pd.transfer before `decode` for the rows that go on, and whose KV is elsewhere.
 
     busy: bytes that the transfers so far put on each link.
     """
-    rows = flow.table(decode.kv)
+    kv = decode.operands[0]
+    rows = flow.table(kv)
     crossing = _crossing(rows.place, on)
+    crossing = crossing[(rows.resident | (rows.generate > 1))[crossing]]
     if not crossing.size:
         return
     source = flow.compact(rows.place.words, rows.place.codes[crossing])
     target = flow.compact(on.words, on.codes[crossing])
-    moving = rows.take(crossing)
-    routes, via = _routes(decode, moving, source, target, topology)
-    num_bytes, us = _moves(routes, via, moving.prompt, busy)
+    names = flow.chosen(rows.names, flow.span_of(crossing))
+    routes, via = _routes(decode, names, source, target, topology)
+    num_bytes, us = _moves(routes, via, rows.prompt[crossing], busy)
     columns: dict[str, Attribute] = {
-        "ids": NamesAttr(moving.names),
+        "ids": NamesAttr(names),
         "source": source,
         "target": target,
         "bytes": ColumnAttr.of(num_bytes),
         "us": ColumnAttr.of(us),
         "via": WordsAttr.of(["-".join(route.path.places) for route in routes], via),
     }
-    transfer = pd.TransferOp.over(decode.kv, columns)
+    transfer = pd.TransferOp.over(kv, columns)
     transfer.location = decode.location
-    transfer.moved.name_hint = "moved"
+    moved = transfer.results[0]
+    moved.name_hint = "moved"
+    flow.remember(transfer, rows.but(place=flow.placed(rows.place, crossing, target)))
     assert decode.parent is not None
     decode.parent.insert_op_before(transfer, decode)
-    decode.operands[0] = transfer.moved
+    decode.operands[0] = moved
 
 
 def _crossing(place: WordsAttr, on: WordsAttr) -> Ints:
@@ -98,7 +104,11 @@ class _Route:
 
 
 def _routes(
-    decode: pd.DecodeOp, rows: flow.Table, here: WordsAttr, there: WordsAttr, topology: Topology
+    decode: pd.DecodeOp,
+    names: tuple[str, ...],
+    here: WordsAttr,
+    there: WordsAttr,
+    topology: Topology,
 ) -> tuple[list[_Route], Ints]:
     """The ways that rows go, in the order of their first rows; and which one each row goes."""
     pair = here.codes * len(there.words) + there.codes
@@ -111,7 +121,7 @@ def _routes(
         source, to = (topology.instance(end, decode) for end in ends)
         if (path := topology.path(source, to)) is None:
             raise PassError(
-                f"{quoted(rows.names[int((pair == code).argmax())])}: its KV is on "
+                f"{quoted(names[int((pair == code).argmax())])}: its KV is on "
                 f"{symbol(ends[0])} and it decodes on {symbol(ends[1])}, which no links connect; "
                 "declare a cluster.link",
                 decode,
@@ -133,7 +143,7 @@ def _moves(
     for link in dict.fromkeys(link for route in routes for link in route.path.links):
         sharing = [number for number, route in enumerate(routes) if link in route.path.links]
         if len(sharing) == len(routes):
-            arrived = np.cumsum(size) + busy[link]
+            arrived = size.cumsum() + busy[link]
             us = np.maximum(us, latency_us + 1e6 * arrived / link.bytes_per_s)
         else:
             rows = np.isin(via, sharing)

@@ -255,10 +255,16 @@ def _staying(decodes: Ints, prompt: Ints, blocks: Ints, limit: int) -> tuple[Int
     [[2, 1], [13, 6], [2, 1]]
     """
     steps = min(limit, int(decodes.max())) if decodes.size else 0
-    leaves = np.minimum(decodes, steps)
-    gone = np.array([np.bincount(leaves, w, steps + 1) for w in (None, prompt, blocks)])
-    there = (gone.sum(1, keepdims=True) - gone.cumsum(1))[:, :steps].astype(np.int64)
-    rows, context, used = there
+    short = (decodes < steps).nonzero()[0]
+    leaves = decodes[short]
+
+    def there(total: int, weights: Ints | None) -> Ints:
+        gone = np.bincount(leaves, weights, steps).cumsum()[:steps]
+        return (total - gone).astype(np.int64)
+
+    rows = there(len(decodes), None)
+    context = there(int(prompt.sum()), prompt[short])
+    used = there(int(blocks.sum()), blocks[short])
     return rows, context + rows * np.arange(steps), used
 
 
@@ -337,11 +343,13 @@ class Packer:
         work, num_prefills = self.work, self.work.num_prefills
         held = (work.held - work.cached)[:num_prefills].tolist()
         self.position = work.held[:num_prefills].tolist()
-        self.prompt = work.prompt[:num_prefills].tolist()
+        self.prompt: list[int] = work.prompt[:num_prefills].tolist()
+        self.decodes = work.decodes[:num_prefills].tolist()
+        self.needs = self.blocks[:num_prefills].tolist()
         self.offsets, self.bounds = work.bounds.offsets.tolist(), work.bounds.values.tolist()
         self.running = [row for row in range(num_prefills) if held[row] > 0]
         self.waiting = deque(row for row in range(num_prefills) if held[row] == 0)
-        self.free -= int(self.blocks[self.running].sum())
+        self.free -= sum(self.needs[row] for row in self.running)
         self.comes, awaited, arrival_us = _coming(work, self.finished)
         self.awaited, self.arrival_us = deque(awaited.tolist()), deque(arrival_us)
         self.reserve = len(awaited) if num_prefills else 0
@@ -407,7 +415,7 @@ class Packer:
     def _join(self) -> None:
         """Residents that stood and rows whose KV has arrived decode, where there is room."""
         while self.standing and self.active < self.seats:
-            self._decode(self.standing.popleft())
+            self._decode_here(self.standing.popleft())
         while self.awaited and self.active < self.seats:
             row = self.awaited[0]
             if self.arrival_us[0] > self.now_us or self.blocks[row] > self.free:
@@ -415,11 +423,10 @@ class Packer:
             self.awaited.popleft()
             self.arrival_us.popleft()
             self.free -= int(self.blocks[row])
-            self._decode(row)
+            self._decode_here(row)
 
-    def _decode(self, row: int) -> None:
+    def _decode(self, row: int, prompt: int, steps: int, blocks: int) -> None:
         """The row decodes from the step that is packed next, and is done after its last one."""
-        steps, prompt = int(self.work.decodes[row]), int(self.work.prompt[row])
         self.begin[row] = len(self.us)
         self.joined[row] = self.clock
         self.active += 1
@@ -427,7 +434,13 @@ class Packer:
         leaving = self.leaves[self.clock + steps]
         leaving[0] += 1
         leaving[1] += prompt + steps
-        leaving[2] += int(self.blocks[row])
+        leaving[2] += blocks
+
+    def _decode_here(self, row: int) -> None:
+        """A row that this instance does not prefill decodes."""
+        work = self.work
+        numbers = work.prompt[row], work.decodes[row], self.blocks[row]
+        self._decode(row, *map(int, numbers))
 
     def _pack(self) -> bool:
         """Pack one step; False where there is nothing to compute."""
@@ -495,25 +508,27 @@ class Packer:
 
     def _starts(self) -> bool:
         """Whether the first that waits finds all its blocks; those behind wait for it."""
-        return bool(self.waiting and self.blocks[self.waiting[0]] <= self.free)
+        return bool(self.waiting) and self.needs[self.waiting[0]] <= self.free
 
     def _start(self) -> int:
         row = self.waiting.popleft()
-        self.free -= int(self.blocks[row])
+        self.free -= self.needs[row]
         return row
 
     def _bound(self, row: int) -> int:
         """Where the chunk ends that the row is in."""
         low, high = self.offsets[row], self.offsets[row + 1]
+        if high - low == 2:
+            return self.prompt[row]
         return int(self.bounds[bisect.bisect_right(self.bounds, self.position[row], low, high)])
 
     def _finish(self, row: int) -> None:
         """The row's prompt is computed: it decodes here from the next step, or leaves."""
         self.finished[self.work.names[row]] = self.now_us
-        if self.work.decodes[row] > 0:
-            self._decode(row)
+        if self.decodes[row]:
+            self._decode(row, self.prompt[row], self.decodes[row], self.needs[row])
         else:
-            self.returned[len(self.us)] += int(self.blocks[row])
+            self.returned[len(self.us)] += self.needs[row]
 
     def _until(self) -> Ints:
         """Tokens of KV of each row after its last decode; 0 where it does not decode."""

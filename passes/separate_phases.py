@@ -47,10 +47,11 @@ class SeparatePhasesPass(ModulePass):
 
 
 def separate(graph: pd.GraphOp, topology: Topology) -> None:
-    """Wrap the graph's prefills, and its decodes with the joins before them, in a phase each."""
+    """Wrap the graph's prefills, and its decodes with all that leads to them, in a phase each."""
     ops = list(graph.body.block.ops)
     _wrap(graph, "prefill", [op for op in ops if isinstance(op, pd.PrefillOp)], topology)
-    decodes = [op for op in ops if isinstance(op, pd.DecodeOp | pd.JoinOp | pd.TransferOp)]
+    before_decodes = pd.JoinOp | pd.TransferOp | pd.PreemptOp
+    decodes = [op for op in ops if isinstance(op, pd.DecodeOp | before_decodes)]
     _wrap(graph, "decode", decodes, topology)
 
 

@@ -143,7 +143,13 @@ def _decodes(ops: dict[pd.DecodeOp, flow.Table], horizon: int, topology: Topolog
     on = flow.joined_words([_place(op, topology) for op in ops])
     tokens = [decode_tokens(t, op.max_steps or horizon) for op, t in ops.items()]
     tokens = tokens if len(tokens) == 1 else [np.concatenate([*tokens, flow.zeros(0)])]
-    return _Side(flow.joined([*ops.values()]), on, tokens[0])
+    rows = flow.joined([*ops.values()])
+    # Where the first token is the last, prefill samples it: such a row goes nowhere to decode.
+    goes_on = rows.resident | (tokens[0] > 0)
+    if np.count_nonzero(goes_on) == len(rows):
+        return _Side(rows, on, tokens[0])
+    kept = goes_on.nonzero()[0]
+    return _Side(rows.take(kept), on.take(kept), tokens[0][kept])
 
 
 def _place(op: pd.PrefillOp | pd.DecodeOp, topology: Topology) -> WordsAttr:
@@ -222,10 +228,14 @@ class _Splitter:
     def _joined(
         self, instance: Instance, pre: Ints, only: Ints, decodes: Ints, target: WordsAttr
     ) -> Work:
-        prefills, others = _take(self.prefills.rows, pre), _take(self.decodes.rows, only)
-        rows = flow.joined([prefills, others])
-        awaited = np.zeros(len(rows), np.bool_)
-        awaited[len(prefills) :] = ~others.resident | others.arriving
+        if not only.size:
+            rows = _take(self.prefills.rows, pre)
+            awaited = flow.flags(False, len(pre))
+        else:
+            others = _take(self.decodes.rows, only)
+            rows = flow.joined([_take(self.prefills.rows, pre), others]) if pre.size else others
+            awaited = np.zeros(len(rows), np.bool_)
+            awaited[len(pre) :] = ~others.resident | others.arriving
         source, us = self._arrivals(rows, awaited.nonzero()[0])
         cached = rows.cached
         return Work(

@@ -46,8 +46,17 @@ def _lines(plan: ExecutionPlan) -> Iterator[str]:
     yield from _moves(plan, ids, plan.exports, "export", "to")
     if len(plan.estimates):
         for name in plan.estimates.__struct_fields__:
-            values = " ".join(map(str, getattr(plan.estimates, name).tolist()))
-            yield f"  estimate {name} {values}"
+            yield f"  estimate {name} {_runs(getattr(plan.estimates, name).tolist())}"
+
+
+def _runs(values: list[int]) -> str:
+    """The values in order, equal neighbours once with their number.
+
+    >>> _runs([7, 7, 7, 9])
+    '7x3 9'
+    """
+    runs = ((value, len(list(same))) for value, same in itertools.groupby(values))
+    return " ".join(f"{value}x{count}" if count > 1 else f"{value}" for value, count in runs)
 
 
 def _chunks(plan: ExecutionPlan, ids: list[str]) -> Iterator[str]:

@@ -171,6 +171,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
+_LISTED = 24
+"""Names that a hint lists at most."""
+
+
 def there_are(word: str, known: Iterable[str]) -> str:
     """The hint where `word` is none of the known ones.
 
@@ -182,6 +186,7 @@ def there_are(word: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     if not names:
         return "there are none"
-    listed = f"there are: {', '.join(names)}"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    listed = f"there are: {', '.join(names[:_LISTED])}{more}"
     close = did_you_mean(word, names)
     return f"did you mean {close!r}? ({listed})" if close else listed

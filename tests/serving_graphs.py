@@ -83,7 +83,9 @@ class Row:
         """The row's cells; `count` is what the table calls `generate`."""
         cells = [f'"{self.id}":{more}']
         cells += [f"{count} {self.generate}"] if self.generate is not None else []
-        names = ("computed", "cached", "chunk", "deadline") if count == "generate" else ("deadline",)
+        names = (
+            ("computed", "cached", "chunk", "deadline") if count == "generate" else ("deadline",)
+        )
         cells += [f"{name} {getattr(self, name)}" for name in names if getattr(self, name)]
         cells += [f"on @{self.on}"] if self.on else []
         cells += [f"decode_on @{self.decode_on}"] if self.decode_on else []
@@ -95,7 +97,8 @@ class Scene:
     """A cluster and a graph: waiting rows, prompts under way, and residents.
 
     decided: whether a pd.decide names the waiting. matched: tokens of rows that a kv.match names.
-    chunk: of the pd.prefill; steps: of the pd.decode. order: in which the graph's lines stand.
+    chunk: of the pd.prefill; steps: of the pd.decode. preempted: residents that lose their KV.
+    order: in which the graph's lines stand.
     """
 
     places: tuple[Place, ...]
@@ -109,6 +112,7 @@ class Scene:
     matched: dict[str, int] = field(default_factory=dict)
     chunk: int = 0
     steps: int = 0
+    preempted: tuple[str, ...] = ()
     order: tuple[int, ...] = ()
 
     def text(self) -> str:
@@ -116,7 +120,7 @@ class Scene:
         cluster = [MODEL, "cluster.switch @hub"]
         for place in self.places:
             cluster += place.lines()
-        numbers = f', now = 1000, horizon = {self.horizon}' if self.horizon else ", now = 1000"
+        numbers = f", now = 1000, horizon = {self.horizon}" if self.horizon else ", now = 1000"
         lines = [*self._lines()]
         lines = [lines[at] for at in self.order if at < len(lines)] if self.order else lines
         body = "\n".join(f"  {line}" for line in lines)
@@ -149,7 +153,13 @@ class Scene:
         total = sum(count for _, count in parts)
         yield f"%all = pd.join {', '.join(name for name, _ in parts)} : {types}"
         steps = f" steps {self.steps}" if self.steps else ""
-        yield f"%end = pd.decode %all{steps} : !pd.kv<{total}>"
+        value = "all"
+        if self.preempted:
+            on = {row.id: row.on for row in self.residents}
+            cells = [f'"{name}": preempt on @{on[name]}' for name in self.preempted]
+            yield f"%kept = pd.preempt %all [{', '.join(cells)}] : !pd.kv<{total}>"
+            value, total = "kept", total - len(cells)
+        yield f"%end = pd.decode %{value}{steps} : !pd.kv<{total}>"
 
     def _wave(self, name: str, wave: tuple[Row, ...]) -> Iterator[str]:
         count = len(wave)
@@ -202,7 +212,9 @@ class Scene:
 @st.composite
 def places(draw: Draw, tight: bool = False, engine: str = "sim", most: int = 4) -> Any:
     """One to four instances behind a switch; each phase has one. tight: their KV may be full."""
-    roles = draw(st.lists(st.sampled_from(("prefill", "decode", "both")), min_size=1, max_size=most))
+    roles = draw(
+        st.lists(st.sampled_from(("prefill", "decode", "both")), min_size=1, max_size=most)
+    )
     for phase in ("prefill", "decode"):
         if not {phase, "both"} & set(roles):
             roles[0] = "both"
@@ -241,19 +253,21 @@ def scenes(draw: Draw, tight: bool = False, engine: str = "sim", most_rows: int 
         waiting = draw(_judged(waiting))
     hits = draw(st.lists(st.sampled_from(waiting), unique=True)) if waiting else []
     arriving = draw(st.lists(st.sampled_from(residents), unique=True)) if residents else []
+    out = draw(st.lists(st.sampled_from(residents), unique=True)) if residents else []
     return Scene(
         places=where,
         waiting=waiting,
         started=draw(_started(names, prefills, decodes)),
         residents=residents,
         arriving=frozenset(row.id for row in arriving),
+        preempted=tuple(row.id for row in out),
         mode=draw(st.sampled_from(modes)),
         horizon=draw(st.sampled_from((0, 1, 3, 16))),
         decided=decided,
         matched={row.id: draw(st.integers(0, row.prompt + 9)) for row in hits},
         chunk=draw(st.sampled_from((0, 0, 7, 32))),
         steps=draw(st.sampled_from((0, 0, 0, 5))),
-        order=tuple(draw(st.permutations(range(9)))) if draw(st.booleans()) else (),
+        order=tuple(draw(st.permutations(range(10)))) if draw(st.booleans()) else (),
     )
 
 
@@ -348,7 +362,7 @@ Chunk = tuple[int, int, int, int]
 
 
 def chunks_of(plans: Sequence[ExecutionPlan]) -> dict[str, list[tuple[str, Chunk]]]:
-    """Of each request its chunks in the order of the plans, with the instance that computes them."""
+    """Of each request its chunks in the order of the plans, with the instance of each."""
     found: dict[str, list[tuple[str, Chunk]]] = defaultdict(list)
     for plan in plans:
         for step, row, begin, end, samples in _rows(plan.chunks):
@@ -424,7 +438,7 @@ def _decode_faults(scene: Scene, plans: Sequence[ExecutionPlan]) -> Iterator[str
 
 
 def _hand_over_faults(plans: Sequence[ExecutionPlan]) -> Iterator[str]:
-    """What arrives was sent, to where it arrives, whole."""
+    """What arrives was sent, to where it arrives, whole, and goes on there."""
     sent = {
         (plan.request_ids[row], plan.target_instance_id, plan.peers[peer]): tokens
         for plan in plans
@@ -438,10 +452,12 @@ def _hand_over_faults(plans: Sequence[ExecutionPlan]) -> Iterator[str]:
                 continue
             if sent.get((name, source, plan.target_instance_id)) != tokens:
                 yield f"{plan.plan_id} awaits {name} from {source}, which does not send it"
+            if row not in plan.decodes.row:
+                yield f"{plan.plan_id} takes in {name}, and does not decode it"
 
 
 def _step_faults(scene: Scene, place: Place, plan: ExecutionPlan) -> Iterator[str]:
-    """No step over its budget, its seats or its unfinished prompts; none of two phases if strict."""
+    """No step over its budget, seats or unfinished prompts; none of two phases if strict."""
     tokens, seats = defaultdict(int), defaultdict(int)
     partial, prompts = defaultdict(int), set()
     for step, row, begin, end, _ in _rows(plan.chunks):
@@ -521,7 +537,7 @@ def _used(scene: Scene, plan: ExecutionPlan) -> dict[int, int]:
         first.setdefault(row, step)
         last[row] = step
     decoding = {row for row, _, _ in _rows(plan.decodes)}
-    done = {row: plan.num_steps - 1 for row in decoding}
+    done = dict.fromkeys(decoding, plan.num_steps - 1)
     steps: dict[int, int] = defaultdict(int)
     for row, step in _decoded(scene, plan):
         steps[row] += 1
@@ -629,7 +645,10 @@ def _running_columns(draw: Draw, where: tuple[Place, ...]) -> Running:
         computed_tokens=computed,
         remaining_tokens=_lists(draw, _LEFT, count),
         arriving=[not begun and draw(st.booleans()) for begun in started],
-        decode_on=[draw(st.sampled_from(decodes)) if begun else a for a, begun in zip(at, started, strict=True)],
+        decode_on=[
+            draw(st.sampled_from(decodes)) if begun else a
+            for a, begun in zip(at, started, strict=True)
+        ],
     )
 
 
@@ -644,12 +663,18 @@ def _decisions(draw: Draw, where: tuple[Place, ...], state: State) -> Decision:
         decision = decision.reject(np.array(late[:1]), "too late")
     prefills = [at for at, place in enumerate(where) if place.runs("prefill")]
     decodes = [at for at, place in enumerate(where) if place.runs("decode")]
-    out = draw(st.lists(st.sampled_from(range(len(state.running))), unique=True)) if len(state.running) else []
+    out = (
+        draw(st.lists(st.sampled_from(range(len(state.running))), unique=True))
+        if len(state.running)
+        else []
+    )
     roles = {place.role for place in where}
     return replace(
         decision.preempt(np.array(out, np.int64), "KV"),
         rank=decision.rank * draw(st.sampled_from((1, 3))),
-        prefill_on=np.array(_lists(draw, st.sampled_from((ANY, *prefills)), len(waiting)), np.int64),
+        prefill_on=np.array(
+            _lists(draw, st.sampled_from((ANY, *prefills)), len(waiting)), np.int64
+        ),
         decode_on=np.array(_lists(draw, st.sampled_from((ANY, *decodes)), len(waiting)), np.int64),
         chunk_tokens=np.array(_lists(draw, st.sampled_from((0, 5)), len(waiting)), np.int64),
         mode=draw(st.sampled_from(("", "time-share") if "both" in roles else ("", "strict"))),

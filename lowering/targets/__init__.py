@@ -36,7 +36,6 @@ class Ability:
     quantizations: tuple[str, ...] = ("none",)
     partial_prefills: int = 0
     chunks_prompts: bool = True
-    mixes_phases: bool = True
     hands_over: bool = True
     reshards: bool = False
     max_tp: int = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from io import StringIO
 
 import msgspec
@@ -18,7 +17,7 @@ from sagec.builder import IRBuilder
 from sagec.compiler import Compiler, passes_of
 from sagec.passes.chunk_prefill import bounds_of
 from sagec.passes.errors import PassError
-from sagec.pipelines import PIPELINES
+from sagec.passes.order import OrderPass
 from sagec.planner import CompilingPlanner
 from sagec.runtime.clock import VirtualClock
 from sagec.runtime.engines import InstanceSpec
@@ -134,7 +133,7 @@ def test_running_the_pipeline_twice_changes_nothing(scene: Scene) -> None:
 
 @FEWER
 @given(scenes(tight=True))
-def test_after_every_pass_the_text_parses_to_the_same(scene: Scene) -> None:
+def test_after_every_pass_the_text_is_in_order_and_parses_to_the_same(scene: Scene) -> None:
     module, context = parsed(scene.text()), sagec_context()
     for compiler_pass in passes("serve"):
         try:
@@ -143,6 +142,9 @@ def test_after_every_pass_the_text_parses_to_the_same(scene: Scene) -> None:
             return
         text = text_of(module)
         assert text_of(parsed(text)) == text, compiler_pass.name
+        if compiler_pass.name != "fuse-steps":
+            OrderPass().apply(context, module)
+            assert text_of(module) == text, f"{compiler_pass.name} writes what is not in order"
 
 
 @FEWER
@@ -179,7 +181,7 @@ def test_chunks_rejoin_to_the_whole(rows: list[tuple[int, int, int]]) -> None:
         sizes = np.diff(found)
         assert found[0] == first and found[-1] == first + length
         assert (sizes > 0).all()
-        assert not bound or (sizes <= bound).all() and (sizes[:-1] == bound).all()
+        assert not bound or ((sizes <= bound).all() and (sizes[:-1] == bound).all())
 
 
 # Engines

@@ -1,85 +1,98 @@
 // RUN: sagec opt -p "legalize" --split-input-file --verify-diagnostics %s | filecheck %s
+// RUN: sagec opt -p "legalize,legalize" --split-input-file --verify-diagnostics %s | filecheck %s
 
-// Steps that somebody wrote by hand, or another tool, are held against the engine too.
+// Steps as they were written by hand: what no engine could run.
 
-// Two prompts stay unfinished in one step.
-// CHECK: error: instance @i0: step 0 leaves 2 prompts unfinished
-// CHECK: turbomind takes 1
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// Steps that keep every rule.
+// CHECK: pd.steps @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "turbomind" role both model @m {kv_blocks = 40, block_tokens = 64, max_partial_prefills = 1}
-pd.graph @two_partials {
-  pd.steps @i0 {num_steps = 2, max_step_tokens = 512} ["a": prompt 20 blocks 1, "b": prompt 20 blocks 1]
-    chunks {0: "a" [0, 8), "b" [0, 8); 1: "a" [8, 20), "b" [8, 20);}
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
+pd.graph @legal {
+  pd.steps @x {num_steps = 2, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "a" [0, 512); 1: "a" [512, 600), "b" [0, 100)}
+  pd.yield
 }
 
 // -----
 
-// The unfinished one must be the last of its step.
-// CHECK: error: instance @i0: step 0 goes on after "a", whose prompt it leaves unfinished
-// CHECK: turbomind takes an unfinished prompt only as the last of a step
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "turbomind" role both model @m {kv_blocks = 40, block_tokens = 64, max_partial_prefills = 1}
-pd.graph @partial_first {
-  pd.steps @i0 {num_steps = 2, max_step_tokens = 512} ["a": prompt 20 blocks 1, "b": prompt 20 blocks 1]
-    chunks {0: "a" [0, 8), "b" [0, 20); 1: "a" [8, 20);}
-}
-
-// -----
-
-// An empty step.
-// CHECK: error: instance @i0: step 1 computes nothing
-// CHECK: turbomind dies of an empty step: leave it out
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "turbomind" role both model @m {kv_blocks = 40, block_tokens = 64, max_partial_prefills = 1}
-pd.graph @empty_step {
-  pd.steps @i0 {num_steps = 3, max_step_tokens = 512} ["a": prompt 20 blocks 1] chunks {0: "a" [0, 8); 2: "a" [8, 20);}
-}
-
-// -----
-
-// More than the budget, in the steps or of the instance.
-// CHECK: error: instance @i0: step 0 computes 20 tokens
-// CHECK: its budget is 16
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40}
-pd.graph @budget {
-  pd.steps @i0 {num_steps = 1, max_step_tokens = 16} ["a": prompt 20 blocks 2] chunks {0: "a" [0, 20);}
-}
-
-// -----
-
-// CHECK: error: instance @i0: steps of 600 tokens
+// A budget above that of the instance.
+// CHECK: error: instance @x: steps of 1024 tokens
 // CHECK: its budget is 512
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40}
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
 pd.graph @larger_budget {
-  pd.steps @i0 {num_steps = 1, max_step_tokens = 600} ["a": prompt 20 blocks 2] chunks {0: "a" [0, 20);}
+  pd.steps @x {num_steps = 1, max_step_tokens = 1024} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "b" [0, 100)}
+  pd.yield
 }
 
 // -----
 
-// CHECK: error: instance @i0: step 0 holds 41 KV blocks
-// CHECK: it has 40
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// A step over its budget.
+// CHECK: error: instance @x: step 1 computes 588 tokens
+// CHECK: its budget is 512
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40}
-pd.graph @kv {
-  pd.steps @i0 {num_steps = 1, max_step_tokens = 16} ["a": prompt 12 blocks 2] chunks {0: "a" [0, 12);}
-    estimates {step_us = #pd.column<1>, step_tokens = #pd.column<12>, step_blocks = #pd.column<41>}
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
+pd.graph @over_budget {
+  pd.steps @x {num_steps = 2, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "b" [0, 100); 1: "a" [0, 588)}
+  pd.yield
 }
 
 // -----
 
-// Chunks of a prompt follow each other.
-// CHECK: error: instance @i0: "a": the chunk [12, 20) does not begin where the one before ended
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// Where decodes are predicted beside the chunks, they count.
+// CHECK: error: instance @x: step 0 computes 513 tokens
+// CHECK: its budget is 512
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40}
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
+pd.graph @decodes_count {
+  pd.steps @x {num_steps = 1, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "a" [0, 512)} estimates {step_tokens = #pd.column<513>}
+  pd.yield
+}
+
+// -----
+
+// More blocks than there are.
+// CHECK: error: instance @x: step 1 holds 401 KV blocks
+// CHECK: it has 400
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
+pd.graph @blocks {
+  pd.steps @x {num_steps = 2, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "a" [0, 512); 1: "a" [512, 600)} estimates {step_blocks = #pd.column<38, 401>}
+  pd.yield
+}
+
+// -----
+
+// A gap between two chunks of a prompt.
+// CHECK: error: instance @x: "a": the chunk [512, 600) does not begin where the one before ended
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
 pd.graph @gap {
-  pd.steps @i0 {num_steps = 2, max_step_tokens = 16} ["a": prompt 20 blocks 2] chunks {0: "a" [0, 8); 1: "a" [12, 20);}
+  pd.steps @x {num_steps = 2, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "a" [0, 500); 1: "b" [0, 100), "a" [512, 600)}
+  pd.yield
+}
+
+// -----
+
+// Steps of an instance that is not there.
+// CHECK: error: no instance @y
+// CHECK: there are: @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 400}
+pd.graph @no_instance {
+  pd.steps @y {num_steps = 1, max_step_tokens = 512} ["a": prompt 600 blocks 38, "b": prompt 100 blocks 7] chunks {0: "b" [0, 100)}
+  pd.yield
 }

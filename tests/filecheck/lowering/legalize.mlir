@@ -1,160 +1,309 @@
 // RUN: sagec opt -p "serve" --split-input-file --verify-diagnostics %s | filecheck %s
 
-// What engines can do passes unchanged; after that, what each of them would refuse or die of.
-// CHECK-LABEL: pd.graph @legal
-// CHECK: pd.steps @i0
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// Instances, and what requests ask of them.
+
+// What an engine can do passes, and is not changed.
+// CHECK: pd.graph @legal
+// CHECK: pd.steps @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40}
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400}
 pd.graph @legal {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// CHECK: error: instance @i0: no target 'toruch'
+// An engine that has no target here.
+// CHECK: error: instance @x: no target 'tensorrt'
 // CHECK: there are: echo, sim, torch, turbomind, vllm
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "toruch" role both model @m {kv_blocks = 40}
+cluster.instance @x on [@g0] engine "tensorrt" role both model @m {kv_blocks = 400}
 pd.graph @unknown_engine {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// FP8 KV where the engine does not compute on it.
-// CHECK: error: instance @i0: kv_dtype fp8
-// CHECK: torch takes auto
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40, kv_dtype = "fp8"}
-pd.graph @fp8_kv {
-  %new = pd.requests ["a": prompt 20 generate 3]
-  %kv = pd.prefill %new
-  %end = pd.decode %kv
-}
-
-// -----
-
-// CHECK: error: instance @i0: block_tokens 48
+// Sizes of a block that the engine does not take.
+// CHECK: error: instance @x: block_tokens 48
 // CHECK: vllm takes 8, 16, 32, 64, 128
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "vllm" role both model @m {kv_blocks = 40, block_tokens = 48}
+cluster.instance @x on [@g0] engine "vllm" role both model @m {kv_blocks = 400, block_tokens = 48}
 pd.graph @block_size {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// CHECK: error: instance @i0: quantization awq
-// CHECK: torch takes none
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// Types of KV that it does not take: FP8 is refused by turbomind and torch, taken by vllm.
+// CHECK: error: instance @x: kv_dtype fp8
+// CHECK: turbomind takes auto, int8, int4
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40, quantization = "awq"}
+cluster.instance @x on [@g0] engine "turbomind" role both model @m {kv_blocks = 400, block_tokens = 64, kv_dtype = "fp8", max_partial_prefills = 1}
+pd.graph @fp8_kv_of_turbomind {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// And by torch, which keeps KV in the type of the model.
+// CHECK: error: instance @x: kv_dtype fp8
+// CHECK: torch takes auto
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400, kv_dtype = "fp8"}
+pd.graph @fp8_kv_of_torch {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// Taken by vllm.
+// CHECK: pd.steps @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "vllm" role both model @m {kv_blocks = 400, kv_dtype = "fp8"}
+pd.graph @fp8_kv_of_vllm {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// The model's own type is no other type.
+// CHECK: pd.steps @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400, kv_dtype = "bf16"}
+pd.graph @own_kv_type {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// Weights in a format that it does not read.
+// CHECK: error: instance @x: quantization awq
+// CHECK: torch takes none
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400, quantization = "awq"}
 pd.graph @quantization {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// CHECK: error: instance @i0: torch does no speculative decoding
-// CHECK: leave draft_tokens and draft_layers out
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40, draft_tokens = 4}
-pd.graph @draft {
-  %new = pd.requests ["a": prompt 20 generate 3]
-  %kv = pd.prefill %new
-  %end = pd.decode %kv
-}
-
-// -----
-
-// CHECK: error: "a" asks for adapter "french"
-// CHECK: torch takes none
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40}
-pd.graph @adapter {
-  %new = pd.requests ["a": prompt 20 generate 3 adapter "french"]
-  %kv = pd.prefill %new
-  %end = pd.decode %kv
-}
-
-// -----
-
-// CHECK: error: instance @i0: tp 2, pp 1
+// More ranks than it runs on.
+// CHECK: error: instance @x: tp 2, pp 1
 // CHECK: torch takes at most 1, 1
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.device @g1
-cluster.instance @i0 on [@g0, @g1] engine "torch" role both model @m {kv_blocks = 40, tp = 2}
+cluster.device @g1 like @g0
+cluster.instance @x on [@g0, @g1] engine "torch" role both model @m {tp = 2, kv_blocks = 400}
 pd.graph @ranks {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// CHECK: error: instance @i0: 8 heads do not split over tp 3
-// CHECK: what does: 1, 2, 4, 8
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// Heads that do not split over the ranks.
+// CHECK: error: instance @x: 4 heads do not split over tp 3
+// CHECK: what does: 1, 2, 4
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.device @g1
-cluster.device @g2
-cluster.instance @i0 on [@g0, @g1, @g2] engine "sim" role both model @m {kv_blocks = 40, tp = 3}
+cluster.device @g1 like @g0
+cluster.device @g2 like @g0
+cluster.instance @x on [@g0, @g1, @g2] engine "vllm" role both model @m {tp = 3, kv_blocks = 400}
 pd.graph @heads {
-  %new = pd.requests ["a": prompt 20 generate 3]
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
 }
 
 // -----
 
-// A model that does not fit the device, and KV that does not fit beside it.
-// CHECK: error: instance @i0: model @m needs 15 GiB for its weights, and its devices have 8 GiB: 6.96 GiB too few
-cluster.model @m {layers = 32, hidden = 4096, heads = 32, kv_heads = 8, head_dim = 128, ffn = 14336, vocab = 128256}
-cluster.device @g0 {memory_bytes = 8589934592}
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 4}
-pd.graph @weights {
-  %new = pd.requests ["a": prompt 20 generate 3]
-  %kv = pd.prefill %new
-  %end = pd.decode %kv
-}
+// KV heads that do not split, though the heads do.
+// CHECK: error: instance @x: 6 KV heads do not split over tp 4
+// CHECK: what does: 1, 2, 3, 6
 
-// -----
-
-// CHECK: error: instance @i0: 40000 KV blocks need 78.1 GiB beside 15 GiB of weights, and its devices have 80 GiB
-// CHECK: what fits: kv_blocks = 33
-cluster.model @m {layers = 32, hidden = 4096, heads = 32, kv_heads = 8, head_dim = 128, ffn = 14336, vocab = 128256}
-cluster.device @g0 {memory_bytes = 85899345920}
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40000}
-pd.graph @kv {
-  %new = pd.requests ["a": prompt 20 generate 3]
-  %kv = pd.prefill %new
-  %end = pd.decode %kv
-}
-
-// -----
-
-// A budget that no single request fits: said before anything is placed on it.
-// CHECK: error: "a": its prompt needs 7 KV blocks of 16 tokens (100 tokens), and @i0, the largest that may hold it, has 6
-cluster.model @m {layers = 2, hidden = 64, heads = 8, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+cluster.model @m {layers = 2, hidden = 64, heads = 12, kv_heads = 6, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 6}
-pd.graph @too_small {
-  %new = pd.requests ["a": prompt 100 generate 3]
+cluster.device @g1 like @g0
+cluster.device @g2 like @g0
+cluster.device @g3 like @g0
+cluster.instance @x on [@g0, @g1, @g2, @g3] engine "vllm" role both model @m {tp = 4, kv_blocks = 400}
+pd.graph @kv_heads {
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
   %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// More stages than layers.
+// CHECK: error: instance @x: 2 layers do not split over pp 3
+// CHECK: at most 2
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.device @g1 like @g0
+cluster.device @g2 like @g0
+cluster.instance @x on [@g0, @g1, @g2] engine "vllm" role both model @m {tp = 1, pp = 3, kv_blocks = 400}
+pd.graph @stages {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// Speculative decoding where the engine has none.
+// CHECK: error: instance @x: torch does no speculative decoding
+// CHECK: leave draft_tokens and draft_layers out
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400, draft_tokens = 4}
+pd.graph @drafts {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// A model that does not fit its device: what it needs, what there is, what is missing.
+// CHECK: error: instance @x: model @m needs 15 GiB for its weights, and its devices have 8 GiB: 6.96 GiB too few
+
+cluster.model @m {layers = 32, hidden = 4096, heads = 32, kv_heads = 8, head_dim = 128, ffn = 14336, vocab = 128256, dtype = "bf16"}
+cluster.device @g0 {memory_bytes = 8589934592}
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400}
+pd.graph @too_large_a_model {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// KV that does not fit beside the weights: how many blocks would.
+// CHECK: error: instance @x: 9000000 KV blocks need 68.7 GiB beside 0.000244 GiB of weights, and its devices have 16 GiB
+// CHECK: what fits: kv_blocks = 2097120
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 9000000}
+pd.graph @too_many_blocks {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// Several outputs of one prompt, more than the engine makes.
+// CHECK: error: "b" asks 4 outputs of one prompt
+// CHECK: torch takes at most 1
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400}
+pd.graph @samples {
+  %new = pd.requests ["a": prompt 80 generate 32, "b": prompt 80 generate 32 samples 4]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// An adapter where the engine has none.
+// CHECK: error: "b" asks for adapter "blue"
+// CHECK: torch takes none
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 400}
+pd.graph @adapter {
+  %new = pd.requests ["a": prompt 80 generate 32, "b": prompt 80 generate 32 adapter "blue"]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// vllm does both.
+// CHECK: pd.steps @x
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "vllm" role both model @m {kv_blocks = 400}
+pd.graph @vllm_does_both {
+  %new = pd.requests ["a": prompt 80 generate 32 adapter "blue" samples 4]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// A request that the KV of no instance holds never gets as far as here.
+// CHECK: error: "a": with its output it needs 7 KV blocks of 16 tokens (112 tokens), and @x, the largest that may hold it, has 6
+// CHECK: give it more kv_blocks, or the request less to generate
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "torch" role both model @m {kv_blocks = 6}
+pd.graph @never_fits {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
 }

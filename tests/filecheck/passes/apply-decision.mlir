@@ -183,6 +183,20 @@ pd.graph @decided_twice {
 
 // -----
 
+// CHECK: error: rows are decided twice
+// CHECK: one pd.decide a wave
+
+pd.graph @decided_beside_each_other {
+  %new = pd.requests ["a": prompt 1, "b": prompt 2]
+  %go = pd.decide %new ["a": admit]
+  %too = pd.decide %new ["b": admit]
+  %kv = pd.prefill %go
+  %other = pd.prefill %too
+  pd.yield %kv
+}
+
+// -----
+
 // CHECK: error: pd.decide of what pd.join gives
 // CHECK: decide what pd.requests brings
 

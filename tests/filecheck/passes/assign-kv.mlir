@@ -1,84 +1,133 @@
 // RUN: sagec opt -p "assign-kv" --split-input-file --verify-diagnostics %s | filecheck %s
 // RUN: sagec opt -p "assign-kv,assign-kv" --split-input-file --verify-diagnostics %s | filecheck %s
 
-// Every row has the blocks of its prompt and of what it decodes within the horizon: 16 tokens a
-// block; "a" needs 33 + 8, "r" 30 + 2.
-// CHECK-LABEL: pd.graph @horizon
-// CHECK: kv.reserve on @i0 [
-// CHECK-NEXT: "a": blocks 3,
-// CHECK-NEXT: "r": blocks 2
+// Every row gets blocks for what it has and what it computes within the horizon: "a" 100 + 15
+// tokens in blocks of 16, "r" 30 + 16.
+// CHECK-LABEL: pd.graph @reserves
+// CHECK: kv.reserve on @x [
+// CHECK-NEXT: "a": blocks 8,
+// CHECK-NEXT: "r": blocks 3
 // CHECK-NEXT: ]
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+
+cluster.model @tiny {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 40}
-pd.graph @horizon {horizon = 8} {
-  %old = pd.resident on @i0 ["r": context 30 remaining 2]
-  %new = pd.requests ["a": prompt 33 generate 100]
-  %kv = pd.prefill %new on @i0
+cluster.instance @x on [@g0] engine "sim" role both model @tiny {kv_blocks = 40}
+pd.graph @reserves {horizon = 16} {
+  %old = pd.resident on @x ["r": context 30 remaining 200]
+  %new = pd.requests ["a": prompt 100 generate 16]
+  %kv = pd.prefill %new on @x
   %all = pd.join %old, %kv
-  %end = pd.decode %all on @i0
+  %end = pd.decode %all on @x
+  pd.yield %end
 }
 
-// -----
-
-// With prefill and decode apart, a row needs its prompt on one side and all on the other.
+// With prefill and decode apart each side reserves: the prompt here, prompt and output there.
 // CHECK-LABEL: pd.graph @apart
-// CHECK: kv.reserve on @p0 [
-// CHECK-NEXT: "a": blocks 2
-// CHECK: kv.reserve on @d0 [
-// CHECK-NEXT: "a": blocks 3
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @p0 on [@g0] engine "sim" role prefill model @m {kv_blocks = 40}
-cluster.instance @d0 on [@g0] engine "sim" role decode model @m {kv_blocks = 40}
-pd.graph @apart {
-  %new = pd.requests ["a": prompt 32 generate 10]
-  %kv = pd.prefill %new on @p0
-  %moved = pd.transfer %kv source @p0 target @d0 ["a"]
-  %end = pd.decode %moved on @d0
-}
-
-// -----
-
-// Residents whose growth does not fit: the last of them is preempted, with the numbers.
-// CHECK-LABEL: pd.graph @too_full
-// CHECK: %kept = pd.preempt %old [
-// CHECK-NEXT: "c": preempt on @i0 because "KV: 6 blocks needed, 4 there"
-// CHECK-NEXT: ] : !pd.kv<3>
-// CHECK-NEXT: pd.decode %kept on @i0 : !pd.kv<2>
-// CHECK: kv.reserve on @i0 [
-// CHECK-NEXT: "a": blocks 2,
-// CHECK-NEXT: "b": blocks 2
+// CHECK: kv.reserve on @x [
+// CHECK-NEXT: "a": blocks 1
 // CHECK-NEXT: ]
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 4}
-pd.graph @too_full {horizon = 4} {
-  %old = pd.resident on @i0 ["a": context 16, "b": context 16, "c": context 16]
-  %end = pd.decode %old on @i0
+// CHECK-NEXT: kv.reserve on @y [
+// CHECK-NEXT: "a": blocks 2
+cluster.instance @y on [@g0] engine "sim" role decode model @tiny {kv_blocks = 40}
+pd.graph @apart {
+  %new = pd.requests ["a": prompt 16 generate 17]
+  %kv = pd.prefill %new on @x
+  %moved = pd.transfer %kv source @x target @y ["a"]
+  %end = pd.decode %moved on @y
+  pd.yield %end
+}
+
+// Where those that decode need more than there is, the last of them is preempted, and as many
+// before it as it takes; a prompt that is under way keeps its blocks.
+// CHECK-LABEL: pd.graph @preempts
+// CHECK: %kept = pd.preempt %all [
+// CHECK-NEXT: "s": preempt on @x because "KV: 60 blocks needed, 40 there"
+// CHECK-NEXT: ] : !pd.kv<3>
+// CHECK-NEXT: pd.decode %kept on @x : !pd.kv<2>
+// CHECK: kv.reserve on @x [
+// CHECK-NEXT: "started": blocks 20,
+// CHECK-NEXT: "r": blocks 20
+// CHECK-NEXT: ]
+pd.graph @preempts {
+  %new = pd.requests ["started": prompt 304 generate 17 computed 16 on @x]
+  %kv = pd.prefill %new on @x
+  %old = pd.resident on @x ["r": context 300 remaining 20, "s": context 300 remaining 20]
+  %all = pd.join %kv, %old
+  %end = pd.decode %all on @x
+  pd.yield %end
+}
+
+// What only waits preempts nobody: it is packed when there is room.
+// CHECK-LABEL: pd.graph @waits
+// CHECK-NOT: pd.preempt
+// CHECK: kv.reserve on @x [
+pd.graph @waits {
+  %new = pd.requests ["a": prompt 400 generate 17]
+  %kv = pd.prefill %new on @x
+  %old = pd.resident on @x ["r": context 500 remaining 20]
+  %all = pd.join %kv, %old
+  %end = pd.decode %all on @x
+  pd.yield %end
+}
+
+// Reservations of an earlier run are replaced.
+// CHECK-LABEL: pd.graph @again
+// CHECK: kv.reserve on @x [
+// CHECK-NEXT: "r": blocks 2
+// CHECK-NOT: kv.reserve
+// CHECK: pd.yield
+pd.graph @again {
+  kv.reserve on @x ["r": blocks 39]
+  %old = pd.resident on @x ["r": context 20 remaining 5]
+  %end = pd.decode %old on @x
+  pd.yield %end
 }
 
 // -----
 
-// A request that no empty instance could hold is refused, with what is missing.
-// CHECK: error: "long" needs 7 KV blocks for 110 tokens, and @i0 has 4 of 16 tokens: 3 too few
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+// A request that no empty instance of this size could hold.
+// CHECK: error: "a" needs 7 KV blocks for 112 tokens, and @x has 6 of 16 tokens: 1 too few
+
+cluster.model @tiny {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 4}
-pd.graph @never {
-  %new = pd.requests ["short": prompt 3 generate 2, "long": prompt 100 generate 10]
-  %kv = pd.prefill %new on @i0
-  %end = pd.decode %kv on @i0
+cluster.instance @x on [@g0] engine "sim" role both model @tiny {kv_blocks = 6}
+pd.graph @never_fits {horizon = 1} {
+  %new = pd.requests ["b": prompt 10 generate 1, "a": prompt 80 generate 32]
+  %kv = pd.prefill %new on @x
+  %end = pd.decode %kv on @x
+  pd.yield %end
 }
 
 // -----
 
+// What was not placed has no instance to reserve on.
 // CHECK: error: pd.prefill has no place
 // CHECK: run select-device first, or say `on`
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
-cluster.device @g0
-cluster.instance @i0 on [@g0] engine "sim" role both model @m {kv_blocks = 4}
-pd.graph @nowhere {
-  %new = pd.requests ["short": prompt 3 generate 2]
+
+pd.graph @no_place {
+  %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new
+  pd.yield %kv
+}
+
+// -----
+
+// CHECK: error: pd.decode has no place
+// CHECK: run select-device first, or say `on`
+
+pd.graph @no_place_to_decode {
+  %old = pd.resident on @x ["r": context 20 remaining 5]
+  %end = pd.decode %old
+  pd.yield %end
+}
+
+// -----
+
+// CHECK: error: no instance @y
+// CHECK: there are: none
+
+pd.graph @no_instance {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new on @y
+  pd.yield %kv
 }

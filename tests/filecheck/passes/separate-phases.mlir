@@ -76,3 +76,21 @@ pd.graph @models {
   %kv = pd.prefill %new
   pd.yield %kv
 }
+
+// -----
+
+// A preemption between a join and its decode goes with them; outside, it would need the phase and
+// the phase it.
+// CHECK-LABEL: pd.graph @preempts
+// CHECK: %end = pd.phase decode {compute_tokens = 5, kv_tokens = 15
+// CHECK-NEXT: %all = pd.join %old : !pd.kv<2>
+// CHECK-NEXT: %kept = pd.preempt %all [
+// CHECK: pd.decode %kept : !pd.kv<1>
+
+pd.graph @preempts {
+  %old = pd.resident on @d0 ["r": context 10 remaining 5, "s": context 10 remaining 5]
+  %all = pd.join %old
+  %kept = pd.preempt %all ["s": preempt on @d0]
+  %end = pd.decode %kept
+  pd.yield %end
+}
