@@ -330,6 +330,13 @@ def _preempted(decision: Decision, gone: pd.ResidentOp) -> dict[str, Attribute]:
     return columns
 
 
+def _decode_places(state: State, chosen: Ints) -> WordsAttr:
+    """Where rows decode: nowhere said for one whose output ends with its prompt, and which so
+    stays where only prompts are computed."""
+    decodes = state.instances.role != "prefill"
+    return _places(state, np.where(decodes[chosen], chosen, ANY))
+
+
 def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] | None:
     """Prompts under way: they go on where they are, before anything new."""
     running = state.running
@@ -342,7 +349,7 @@ def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] |
         "ids": _names(running.ids[rows]),
         "prompt": ColumnAttr.of(running.prompt_tokens[rows]),
         "on": _places(state, running.instance[rows]),
-        "decode_on": _places(state, running.decode_on[rows]),
+        "decode_on": _decode_places(state, running.decode_on[rows]),
     }
     generate = np.maximum(running.remaining_tokens[rows], 1)
     if (generate != pd.UNBOUNDED).any():

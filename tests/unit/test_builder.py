@@ -145,6 +145,15 @@ def test_what_runs_is_a_resident_or_a_prompt_under_way() -> None:
     assert (wave.words("on"), wave.words("decode_on")) == (["p0"], ["d0"])
 
 
+def test_a_prompt_whose_output_ends_with_it_need_not_decode_where_it_is() -> None:
+    running = Running.of(
+        ["last"], instance=[0], prompt_tokens=[9], remaining_tokens=[1], decode_on=[0]
+    )
+    graph = builder().build_round(state(running=running), admit(0))
+    (wave,) = ops_of(graph, pd.RequestsOp)
+    assert (wave.words("on"), wave.words("decode_on")) == (["p0"], [""])
+
+
 @pytest.mark.parametrize(("how", "verdict"), [(RECOMPUTE, pd.PREEMPT), (SWAP, pd.SWAP)])
 def test_who_is_preempted_leaves_its_instance_and_decodes_no_more(how: int, verdict: int) -> None:
     decision = admit(0).preempt(np.array([3]), "KV", how)
