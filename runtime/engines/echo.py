@@ -13,7 +13,7 @@ import array
 import dataclasses
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from sagec.runtime.clock import Clock, VirtualClock, WallClock
@@ -385,7 +385,7 @@ class Echo:
         for request_id in decodes:
             self._rows[request_id].compute(self._rows[request_id].num_tokens)
         used = self.kv_blocks_used()
-        tokens, finished = self._sample(sampling)
+        tokens, finished = self._sample(sampling, progress.exports)
         self._pending.append(
             StepReport(
                 instance=self._spec.id,
@@ -403,9 +403,10 @@ class Echo:
         self._pending += self._export(progress)
 
     def _sample(
-        self, request_ids: list[str]
+        self, request_ids: list[str], leaving: Collection[str]
     ) -> tuple[list[tuple[str, int, int]], list[tuple[str, FinishReason]]]:
-        """The next token of each row, and the rows that end with it."""
+        """The next token of each row, and the rows that end with it: also those that fill the
+        instance, unless they leave it."""
         tokens, finished = [], []
         for request_id in request_ids:
             row = self._rows[request_id]
@@ -416,8 +417,9 @@ class Echo:
                 continue
             tokens.append((request_id, len(row.output), token))
             row.output.append(token)
-            limit = row.request.max_output_tokens
-            if len(row.output) == limit or row.num_tokens >= self._capability.max_context_tokens:
+            room = self._capability.max_context_tokens
+            full = row.num_tokens >= room and request_id not in leaving
+            if len(row.output) == row.request.max_output_tokens or full:
                 finished.append((request_id, FinishReason.LENGTH))
                 self._forget(request_id)
         return tokens, finished

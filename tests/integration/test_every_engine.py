@@ -108,6 +108,30 @@ def test_how_requests_are_served_changes_no_token(
     assert served(engine, serving, tmp_path, capsys) == alone
 
 
+@pytest.mark.parametrize("engine", known())
+def test_a_prompt_that_fills_its_prefill_instance_is_answered_in_full_elsewhere(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "kv_blocks = 3, block_tokens = 16"
+    prefill, decode = PAIR.splitlines(keepends=True)
+    cluster = prefill.format(engine=engine, room=small) + decode.format(engine=engine, room=WIDE)
+    file = tmp_path / "serve.mlir"
+    file.write_text(
+        MODEL.format(path=path_of(engine))
+        + cluster
+        + """pd.graph @serve {mode = "strict"} {
+          %new = pd.requests ["a": prompt 47 generate 9]
+          %kv = pd.prefill %new
+          %end = pd.decode %kv
+        }""",
+        encoding="utf-8",
+    )
+    capsys.readouterr()
+    assert main(["run", str(file), "--json", "--one-process"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["requests"]
+    assert (len(row["tokens"]), row["end"]) == (9, "length")
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "time-share"])
 @pytest.mark.parametrize("engine", known())
 def test_a_step_does_both_phases_in_hybrid_mode_alone(

@@ -1,6 +1,6 @@
 """The engine: plans in, one step a poll, events out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sagec.runtime.clock import WallClock
 from sagec.runtime.comm import Channel, ChannelError, open_channel
@@ -329,7 +329,7 @@ class TorchEngine:
         begin_us = self._clock.now_us()
         chunks = tuple((p.row.id, p.begin, p.end) for p in picks if not p.is_decode)
         decodes = tuple(p.row.id for p in picks if p.is_decode)
-        tokens, finished = self._settle(picks, self._sample(picks))
+        tokens, finished = self._settle(picks, self._sample(picks), running.exports)
         self._events.append(
             StepReport(
                 instance=self._id,
@@ -362,7 +362,7 @@ class TorchEngine:
         return list(zip(rows, sample(logits, samplings, draws), strict=True))
 
     def _settle(
-        self, picks: list[Pick], sampled: list[tuple[Row, int]]
+        self, picks: list[Pick], sampled: list[tuple[Row, int]], leaving: Collection[str]
     ) -> tuple[list[tuple[str, int, int]], list[tuple[str, FinishReason]]]:
         """Write the step down in the rows; the tokens to report, and the requests that ended."""
         tokens: list[tuple[str, int, int]] = []
@@ -371,7 +371,7 @@ class TorchEngine:
             pick.row.computed = pick.end
         for row, token in sampled:
             index = row.num_output
-            reason = row.append(token)
+            reason = row.append(token, row.id in leaving)
             if row.num_output > index:
                 tokens.append((row.id, index, token))
             if reason is not None:

@@ -33,7 +33,7 @@ class Residents:
     def add(self, request: Request, output: tuple[int, ...] = ()) -> Row:
         """A row for `request`, without KV. Raises Refused where it cannot be served here."""
         self._check(request)
-        longest = self.max_context_tokens
+        longest = self.model.config.max_context_tokens
         if request.max_output_tokens is not None:
             longest = min(longest, len(request.prompt) + request.max_output_tokens)
         stop_strings = self._stop_strings(request)
@@ -46,6 +46,7 @@ class Residents:
             draw_key=draw_key(request),
             stops=frozenset(request.stop_tokens + self.model.config.eos_tokens),
             max_tokens=longest,
+            room_tokens=self.max_context_tokens,
             stop_strings=stop_strings,
             tokens=[*request.prompt, *output],
         )

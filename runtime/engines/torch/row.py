@@ -14,7 +14,8 @@ class Row:
     """One resident request.
 
     tokens: prompt, then output. computed: how many of the first tokens have KV, in the blocks of
-    pool slot `slot` or, while swapped out, in `host_kv`, a tensor a layer.
+    pool slot `slot` or, while swapped out, in `host_kv`, a tensor a layer. max_tokens: of prompt
+    and output, as the client and the model bound them; room_tokens: what this instance can hold.
     """
 
     request: Request
@@ -22,6 +23,7 @@ class Row:
     draw_key: str
     stops: Collection[int]
     max_tokens: int
+    room_tokens: int
     stop_strings: StopStrings | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
@@ -57,13 +59,17 @@ class Row:
         """Whether its tokens are drawn, and not simply the likeliest."""
         return self.request.sampling.temperature > 0
 
-    def append(self, token: int) -> FinishReason | None:
-        """Take a sampled token, unless it is a stop token; why the request ends now, if it does."""
+    def append(self, token: int, leaves: bool = False) -> FinishReason | None:
+        """Take a sampled token, unless it is a stop token; why the request ends now, if it does.
+
+        leaves: its KV goes to another instance, so that the room here is no bound.
+        """
         if token in self.stops:
             return FinishReason.STOP
-        if len(self.tokens) >= self.max_tokens:
+        longest = self.max_tokens if leaves else min(self.max_tokens, self.room_tokens)
+        if len(self.tokens) >= longest:
             return FinishReason.LENGTH
         self.tokens.append(token)
         if self.stop_strings is not None and self.stop_strings.push(token):
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.max_tokens else None
+        return FinishReason.LENGTH if len(self.tokens) >= longest else None
