@@ -11,9 +11,9 @@ cluster laptop {
 
 // Outputs end at the end of the text, as the model sees it, or after `generate` tokens.
 serve on laptop with fifo mode strict chunk 8 stop end-of-text {
-  request "story" prompt "Once upon a time" generate 96 priority 1
+  request "story" prompt "Once upon a time" generate 160 priority 1
   request "gardener" prompt "Once upon a time, there was a quiet gardener named Mara who lived in"
-      generate 96 priority 1
+      generate 160 priority 1
   request "cache" prompt "Question: What is a KV cache?\nAnswer:" generate 64
   request "prefill" prompt "Question: What is prefill?\nAnswer:" generate 64
   request "decode" prompt "Question: Why is decode slow?\nAnswer:" generate 64 arrives 20ms
