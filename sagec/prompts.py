@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from xdsl.dialects.builtin import ModuleOp
 from sagec.diagnostics import Diagnostic
 from sagec.dialects import pd
 from sagec.dialects.columns import NamesAttr, quoted
-from sagec.language.workload import drawn_tokens
+from sagec.language.workload import drawn_tokens, sample_id
 from sagec.passes import flow
 from sagec.passes.errors import PassError
 from sagec.passes.topology import Model, topology_of
@@ -38,16 +39,17 @@ def _requests(op: pd.RequestsOp, models: dict[str, Model]) -> list[Request]:
     names = {name: op.words(name) for name in ("model", "tenant", "session", "adapter")}
     numbers = {
         name: op.column(name).tolist()
-        for name in ("prompt", "generate", "arrived", "priority", "ttft", "tpot")
+        for name in ("prompt", "generate", "arrived", "priority", "ttft", "tpot", "samples")
     }
-    requests = []
+    requests: list[Request] = []
     for row, name in enumerate(op.names):
         model = _model(op, names["model"][row], models)
         generate = numbers["generate"][row]
-        requests.append(
+        prompt = _tokens(op, name, text_of[row], numbers["prompt"][row], model)
+        requests.extend(
             Request(
-                id=name,
-                prompt=_tokens(op, name, text_of[row], numbers["prompt"][row], model),
+                id=one,
+                prompt=prompt,
                 max_output_tokens=None if generate >= pd.UNBOUNDED else generate,
                 arrival_us=numbers["arrived"][row],
                 priority=numbers["priority"][row],
@@ -58,8 +60,14 @@ def _requests(op: pd.RequestsOp, models: dict[str, Model]) -> list[Request]:
                 session=names["session"][row],
                 adapter=names["adapter"][row],
             )
+            for one in _sample_ids(name, numbers["samples"][row])
         )
     return requests
+
+
+def _sample_ids(name: str, samples: int) -> list[str]:
+    """A request with several outputs is as many requests."""
+    return [name] if samples == 1 else [sample_id(name, sample) for sample in range(samples)]
 
 
 def _model(op: pd.RequestsOp, name: str, models: dict[str, Model]) -> Model:
@@ -75,7 +83,7 @@ def _model(op: pd.RequestsOp, name: str, models: dict[str, Model]) -> Model:
 def _tokens(op: pd.RequestsOp, name: str, text: str, count: int, model: Model) -> tuple[int, ...]:
     if not text:
         return tuple(drawn_tokens(name, count, model.vocab).tolist())
-    tokens: tuple[int, ...] = tuple(_tokenizer(op, model).encode(text).ids)
+    tokens: tuple[int, ...] = tuple(_tokenizer(model.path).encode(text).ids)
     if len(tokens) != count:
         raise diagnostic_of(
             PassError(
@@ -87,8 +95,9 @@ def _tokens(op: pd.RequestsOp, name: str, text: str, count: int, model: Model) -
     return tokens
 
 
-def _tokenizer(op: pd.RequestsOp, model: Model) -> Any:
-    path = Path(model.path) / "tokenizer.json"
+@functools.lru_cache(maxsize=8)
+def _tokenizer(folder: str) -> Any:
+    path = Path(folder) / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
 

@@ -41,8 +41,9 @@ def create(name: str) -> Strategy:
     """
     if name not in known():
         close = difflib.get_close_matches(name, known(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise StrategyError(f"no strategy {name!r}{hint} (there are: {', '.join(known())})")
+        listed = f"there are: {', '.join(known())}"
+        hint = f"did you mean {close[0]!r}? ({listed})" if close else listed
+        raise StrategyError(f"no strategy {name!r}; {hint}")
     module: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     class_name = "".join(part.capitalize() for part in name.split("-"))
     strategy: Strategy = getattr(module, class_name)()

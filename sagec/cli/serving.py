@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve the file's requests; 1 where one of them failed or was rejected."""
     from sagec.compiler import Compiler
 
+    for path in (args.timeline, args.trace):
+        writing.check_folder(path)
     compiler = Compiler()
     unit = compiler.read(args.file)
     placed = topology_of(unit.module).instances

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def check_folder(path: str | None) -> None:
+    """Raise FileNotFoundError where a file at `path` would have no folder; before long work."""
+    if path is not None and path != "-" and not Path(path).parent.is_dir():
+        raise FileNotFoundError(2, "no such folder to write to", str(Path(path).parent))
+
+
 def write_text(path: str | None, text: str) -> None:
     """Write `text` to a file, whole or not at all, or to stdout where `path` is None or `-`."""
     if path is None or path == "-":
         sys.stdout.write(text)
         return
+    check_folder(path)
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write to", str(target.parent))
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8")  # a pipe or a device
         return

@@ -206,3 +206,11 @@ def test_fmt_writes_only_what_changes(tmp_path: Path, capsys: Captured) -> None:
     assert main(["fmt", str(path)]) == 1
     assert capsys.readouterr().err.startswith(f"{path}:1:")
     assert path.read_text() == "model {"
+
+
+def test_a_picture_without_a_folder_is_refused_before_anything_starts(
+    echo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", echo, "--timeline", "no/such/folder/x.svg"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: no/such/folder: no such folder to write to\n")

@@ -116,7 +116,7 @@ def test_an_unknown_strategy_is_named_with_the_nearest_one():
     assert str(caught.value) == (
         f"no strategy 'fifi'; did you mean 'fifo'? (there are: {', '.join(NAMES)})"
     )
-    with pytest.raises(strategies.StrategyError, match=r"^no strategy 'zzz'; \(there are: "):
+    with pytest.raises(strategies.StrategyError, match=r"^no strategy 'zzz'; there are: "):
         strategies.create("zzz")
 
 
