@@ -66,13 +66,14 @@ class ExecutorAPI:
         engines: Mapping[str, Engine],
         instances: Sequence[Instance] = (),
         clock: Clock | None = None,
-        watch: Sequence[Callable[[Event], None]] = (),
+        watch: Sequence[Callable[[Input | Action], None]] = (),
         restart: Callable[[str], Engine] | None = None,
     ) -> None:
         """engines: by instance id. instances: their roles; without, each does everything.
 
-        watch: each hears every event, e.g. `Timeline.hear`. restart: makes a new engine for an
-        instance that failed while serving, at most MAX_RESTARTS times each; without, it stays dead.
+        watch: each hears all that the loop hears and says, in order, e.g. `Timeline.hear`.
+        restart: makes a new engine for an instance that failed while serving, at most MAX_RESTARTS
+        times each; without, it stays dead.
         """
         self.engines = dict(engines)
         self.clock = clock or WallClock()
@@ -149,7 +150,6 @@ class ExecutorAPI:
         requests: Iterable[Request],
         strategy: Strategy,
         planner: Planner,
-        on_round: Callable[[Planned], None] = lambda planned: None,
     ) -> Iterator[Output]:
         """Serve these requests to their ends; yields tokens and ends as they happen.
 
@@ -169,7 +169,7 @@ class ExecutorAPI:
         self._serving = True
         try:
             while True:
-                yield from self._perform(actions, on_round)
+                yield from self._perform(actions)
                 wait = actions[-1] if actions else None
                 if not isinstance(wait, Wait):
                     return
@@ -219,9 +219,12 @@ class ExecutorAPI:
             events = [Failed(instance=name, request_id=None, error=str(error))]
         for event in events:
             self._note(name, event)
-            for watcher in self._watch:
-                watcher(event)
+            self._tell(event)
         return events
+
+    def _tell(self, said: Input | Action) -> None:
+        for watcher in self._watch:
+            watcher(said)
 
     def _note(self, name: str, event: Event) -> None:
         status = self._status[name]
@@ -232,11 +235,10 @@ class ExecutorAPI:
         elif isinstance(event, Failed) and event.request_id is None:
             self._update(name, plan_id=None, error=event.error)
 
-    def _perform(
-        self, actions: Sequence[Action], on_round: Callable[[Planned], None]
-    ) -> Iterator[Output]:
+    def _perform(self, actions: Sequence[Action]) -> Iterator[Output]:
         """Do what the loop says; what is for clients is yielded."""
         for action in actions:
+            self._tell(action)
             match action:
                 case Token() | Finished() | Refused():
                     yield action
@@ -249,9 +251,7 @@ class ExecutorAPI:
                     self.engines[action.instance].cancel(action.request_id)
                 case Discard():
                     _free(action.handle)
-                case Planned():
-                    on_round(action)
-                case Wait():
+                case Planned() | Wait():
                     pass
 
     def _inputs(self, arrivals: list[Request], until_us: int | None) -> list[Input]:
@@ -263,6 +263,8 @@ class ExecutorAPI:
                 inputs.append(Arrived(arrivals.pop()))
                 if not arrivals:
                     inputs.append(Closed())
+            for said in inputs:
+                self._tell(said)
             times = [us for us in (until_us, arrivals[-1].arrival_us if arrivals else None) if us]
             wait_us = min(times, default=now_us + 1_000_000) - now_us
             events = self.poll(0.0 if inputs else wait_us / 1e6)
@@ -287,7 +289,8 @@ class ExecutorAPI:
                 self._update(name, error=str(error))
             else:
                 self._update(name, error="")
-                yield Joined(name)
+                self._tell(joined := Joined(name))
+                yield joined
 
     def _take_inbox(self) -> list[Input]:
         inbox, self._inbox = self._inbox, []

@@ -14,6 +14,7 @@ for an instance whose plan does not await it, or something failed; never one for
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 
 from sagec.runtime.clock import Clock
+from sagec.runtime.cost import StepCost
 from sagec.runtime.engines import (
     Cancelled,
     Capability,
@@ -33,10 +35,20 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
+from sagec.runtime.pace import Pace
 from sagec.runtime.plan import ExecutionPlan
 from sagec.runtime.report import RequestReport
 from sagec.runtime.request import FinishReason, Request
-from sagec.runtime.state import LEAVING, RUNNING, WAITING, Decision, Instances, RequestTable, State
+from sagec.runtime.state import (
+    LEAVING,
+    RUNNING,
+    WAITING,
+    Decision,
+    Instances,
+    Memory,
+    RequestTable,
+    State,
+)
 from sagec.runtime.state import check as check_decision
 from sagec.runtime.strategies import Strategy
 
@@ -66,13 +78,19 @@ class Planner(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instance:
-    """An instance as the loop is told of it. model: the name by which requests ask for it."""
+    """An instance as the loop is told of it. model: the name by which requests ask for it.
+
+    cost: predicts its steps until some were measured. pool, switch_us: see `Instances`.
+    """
 
     id: str
     role: str
     engine: str
     capability: Capability
     model: str = ""
+    cost: StepCost | None = None
+    pool: str = ""
+    switch_us: int = 0
 
 
 # What the loop hears, beside an engine's events.
@@ -159,11 +177,16 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """A round: what was seen, said and planned; to be recorded."""
+    """A round: what was seen, said and planned; to be recorded.
+
+    decide_us, plan_us: what strategy and planner took, by the wall whatever the loop's clock is.
+    """
 
     state: State
     decision: Decision
     plans: tuple[ExecutionPlan, ...]
+    decide_us: float = 0.0
+    plan_us: float = 0.0
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -223,6 +246,8 @@ class Loop:
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
         self._plans: list[ExecutionPlan | None] = [None] * len(self.instances)
+        self._pace = Pace([instance.cost for instance in self.instances])
+        self._memory: Memory = {}
         self._table = RequestTable(room_tokens=[_room_tokens(i) for i in self.instances])
         self._serving: dict[str, _Serving] = {}
         self._actions: list[Action] = []
@@ -271,6 +296,8 @@ class Loop:
             waiting=self._table.waiting(),
             running=self._table.running(),
             instances=self._instances(),
+            cached_tokens=self._table.waiting_cached_tokens(),
+            memory=self._memory,
         )
 
     def output(self, request_id: str) -> tuple[int, ...]:
@@ -282,9 +309,17 @@ class Loop:
         used = self._table.kv_blocks_used(self._fixed.block_tokens)
         idle = np.array([plan is None for plan in self._plans], bool)
         alive = self._alive.copy()
+        prefill_ns, decode_us = self._pace.prefill_ns_per_token, self._pace.decode_step_us
         for column in (used, idle, alive):
             column.flags.writeable = False
-        return dataclasses.replace(self._fixed, kv_blocks_used=used, alive=alive, idle=idle)
+        return dataclasses.replace(
+            self._fixed,
+            kv_blocks_used=used,
+            alive=alive,
+            idle=idle,
+            prefill_ns_per_token=prefill_ns,
+            decode_step_us=decode_us,
+        )
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
@@ -328,6 +363,7 @@ class Loop:
 
     def _stepped(self, report: StepReport) -> None:
         self._futile_rounds = 0
+        self._pace.note(self._index[report.instance], report)
         for request_id, _, end in report.chunks:
             if serving := self._on(report.instance, request_id):
                 self._table.progress(serving.row, end)
@@ -357,7 +393,7 @@ class Loop:
             if serving.first_token_us is None:
                 serving.first_token_us = report.end_us
             self._actions.append(Token(request_id, index, token, report.end_us))
-        self._table.generated(rows, computed_tokens)
+        self._table.generated(rows, computed_tokens, report.end_us)
 
     def _lose(self, serving: _Serving, index: int, instance: str) -> None:
         """End a request of whose tokens some never came."""
@@ -408,6 +444,7 @@ class Loop:
     def _preempted(self, event: Preempted) -> None:
         if serving := self._on(event.instance, event.request_id):
             serving.preemptions += 1
+            self._table.preempted(serving.row)
             self._go_on_waiting(serving)
 
     def _plan_done(self, event: PlanDone) -> None:
@@ -541,16 +578,22 @@ class Loop:
         if not len(self._table.waiting()) and not len(self._table.running()):
             return
         state = self.state()
+        begin_s = time.perf_counter()
         decision = self._strategy.decide(state)
+        decided_s = time.perf_counter()
         check_decision(decision, state, f"strategy {self._strategy.name!r}")
+        self._memory = decision.memory
         self._reject(state, decision)
         self._again_us = decision.again_us
         if self._futile_rounds > FUTILE_ROUNDS:
             return
-        plans = self._planner.plan(state, decision)
+        plan_s = time.perf_counter()
+        plans = tuple(self._planner.plan(state, decision))
+        plan_us = 1e6 * (time.perf_counter() - plan_s)
         self._round += 1
         self._futile_rounds += 1
-        self._actions.append(Planned(state, decision, tuple(plans)))
+        decide_us = 1e6 * (decided_s - begin_s)
+        self._actions.append(Planned(state, decision, plans, decide_us, plan_us))
         for plan in plans:
             self._submit(plan)
 
@@ -590,7 +633,7 @@ class Loop:
 
     def _place(self, serving: _Serving, index: int) -> list[Request]:
         """Give a waiting request to an instance; the request, if the instance has to be told it."""
-        self._table.run(serving.row, index, index)
+        self._table.run(serving.row, index, index, self._now_us)
         if serving.admitted_us is None:
             serving.admitted_us = self._now_us
         if serving.known_on == index:
@@ -671,6 +714,8 @@ def _columns(instances: Sequence[Instance]) -> Instances:
         kv_blocks=[c.kv_blocks for c in capabilities],
         block_tokens=[c.block_tokens for c in capabilities],
         max_context_tokens=[c.max_context_tokens for c in capabilities],
+        pool=[instance.pool for instance in instances],
+        switch_us=[instance.switch_us for instance in instances],
     )
 
 

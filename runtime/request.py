@@ -35,7 +35,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     prompt: token ids. max_output_tokens: never more than these; None: until a stop, or the
     model's length. stop_tokens end the output and are not part of it; stop strings cut the text
-    before they begin. ttft_us, tpot_us: what the client was promised, None: nothing.
+    before they begin. ttft_us, tpot_us: what the client was promised, None: nothing. timeout_us:
+    after its arrival, when the client no longer waits. block_hashes: of the prompt's whole blocks,
+    as `sagec.runtime.kv.block_hashes` makes them, where the sender knows them; else empty.
     """
 
     id: str
@@ -52,6 +54,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tenant: str = ""
     session: str = ""
     adapter: str = ""
+    timeout_us: int | None = None
+    block_hashes: tuple[int, ...] = ()
 
 
 class FinishReason(StrEnum):
@@ -62,3 +66,4 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     REJECTED = "rejected"
     FAILED = "failed"
+    TIMEOUT = "timeout"

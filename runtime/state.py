@@ -6,7 +6,7 @@ view that does not change, and a strategy answers with a `Decision`. Columns hav
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
@@ -30,6 +30,10 @@ VERDICTS = ("admit", "defer", "reject")
 """Names of the verdicts, by code."""
 
 ROLES = ("prefill", "decode", "both")
+
+Memory = Mapping[str, Any]
+"""What a strategy knows of earlier rounds: numbers, strings, lists and mappings of them, so that a
+recording can hold it. A strategy has no other memory, and so the same state, the same decision."""
 
 
 class StateError(ValueError):
@@ -96,13 +100,20 @@ def _column(values: Any, dtype: Any, length: int) -> Any:
 class _Asked(_Columns):
     """What a client asked for, as far as it bears on a decision.
 
+    sequence: the order of coming; it names a request for as long as the loop runs, in every round.
     ttft_us and tpot_us are 0 where nothing was promised; empty strings mean none was named.
+    output_tokens: sampled so far; first_token_us: when the first of them was, 0 where none is.
+    preemptions: how often it lost its place.
     """
 
+    sequence: Ints
     arrival_us: Ints
     priority: Ints
     ttft_us: Ints
     tpot_us: Ints
+    output_tokens: Ints
+    first_token_us: Ints
+    preemptions: Ints
     model: Strings
     tenant: Strings
     session: Strings
@@ -129,7 +140,7 @@ class Running(_Asked):
     prompt_tokens: tokens before the first one sampled since it was admitted; a prefill that is
     not done has computed_tokens < prompt_tokens. computed_tokens: tokens whose KV is there.
     remaining_tokens: how many may still be generated; where the client set no limit, as many as
-    the instance holds. decode_on: where it will decode.
+    the instance holds. decode_on: where it will decode. admitted_us: when it got its place.
     """
 
     instance: Ints
@@ -138,6 +149,7 @@ class Running(_Asked):
     remaining_tokens: Ints
     arriving: Bools
     decode_on: Ints
+    admitted_us: Ints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,7 +158,10 @@ class Instances(_Columns):
 
     role: one of ROLES. kv_blocks of block_tokens tokens each; kv_blocks_used: those that hold or
     are promised to running requests, each with its whole prompt and the next token.
-    idle: no plan is at work there.
+    idle: no plan is at work there. pool: instances of one name, other than "", share devices and
+    compute by turns; switch_us: what it takes to begin a turn.
+    prefill_ns_per_token, decode_step_us: what a prompt token and a step of decodes take, measured
+    as it serves and estimated until then; 0 where nobody knows.
     """
 
     role: Strings
@@ -158,6 +173,10 @@ class Instances(_Columns):
     max_context_tokens: Ints
     alive: Bools
     idle: Bools
+    pool: Strings
+    switch_us: Ints
+    prefill_ns_per_token: Ints
+    decode_step_us: Ints
     _defaults = {"alive": True, "idle": True}
 
     @property
@@ -175,13 +194,29 @@ class Instances(_Columns):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class State:
-    """What a strategy and the planner see of a round; nothing in it ever changes."""
+    """What a strategy and the planner see of a round; nothing in it ever changes.
+
+    cached_tokens: [waiting, instances], leading tokens of each waiting request whose KV an instance
+    has already: of its prefix cache, or of the request itself, swapped out. memory: what the
+    strategy's last decision said to remember.
+    """
 
     now_us: int
     round: int
     waiting: Waiting
     running: Running
     instances: Instances
+    cached_tokens: Ints = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    memory: Memory = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.waiting), len(self.instances))
+        if not self.cached_tokens.size:
+            nothing = np.broadcast_to(np.int64(0), shape)
+            object.__setattr__(self, "cached_tokens", nothing)
+        elif self.cached_tokens.shape != shape:
+            found = self.cached_tokens.shape
+            raise StateError(f"cached_tokens is {found}; {shape} is [waiting, instances]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +228,10 @@ class Decision:
     chunk of the row's prompt is longer; 0: nothing said.
     preempt_rows: rows of `State.running`; preempt_how: RECOMPUTE or SWAP.
     mode, horizon_steps: how the round is to be fused and how far it looks; "" and 0: as configured.
+    turn_steps: of each instance, how many steps it may compute before the next round, ANY: as the
+    horizon says; with 0 it computes nothing, and its requests keep their KV. None: ANY for all.
     again_us: when to be asked again at the latest, though nothing happens until then.
+    memory: what the next state is to remember.
     """
 
     verdict: npt.NDArray[np.int8]
@@ -207,7 +245,9 @@ class Decision:
     preempt_reason: Strings
     mode: str = ""
     horizon_steps: int = 0
+    turn_steps: Ints | None = None
     again_us: int | None = None
+    memory: Memory = dataclasses.field(default_factory=dict)
 
     @classmethod
     def defer(cls, waiting: Waiting, because: str = "") -> Self:
@@ -293,6 +333,9 @@ def check(decision: Decision, state: State, source: str = "decision") -> None:
     for name in ("prefill_on", "decode_on"):
         chosen = getattr(decision, name)
         _check_codes(chosen[chosen != ANY], len(state.instances), f"{source}: {name}")
+    if (turns := decision.turn_steps) is not None and len(turns) != len(state.instances):
+        wrong = f"turn_steps has {len(turns)} rows for {len(state.instances)} instances"
+        raise StateError(f"{source}: {wrong}")
 
 
 def _check_codes(column: npt.NDArray[Any], bound: int, place: str) -> None:
@@ -303,9 +346,19 @@ def _check_codes(column: npt.NDArray[Any], bound: int, place: str) -> None:
 FREE, WAITING, RUNNING, LEAVING = 0, 1, 2, 3
 """Phases of a table row. LEAVING: told to leave its instance, which has not yet said it did."""
 
-_ASKED = ("ids", "arrival_us", "priority", "ttft_us", "tpot_us")
+_ASKED = (
+    "ids",
+    "sequence",
+    "arrival_us",
+    "priority",
+    "ttft_us",
+    "tpot_us",
+    "output_tokens",
+    "first_token_us",
+    "preemptions",
+)
 _NAMED = ("model", "tenant", "session", "adapter")
-_PLACED = ("instance", "prompt_tokens", "computed_tokens", "remaining_tokens", "arriving")
+_PLACED = ("instance", "computed_tokens", "arriving", "decode_on", "admitted_us")
 
 
 class RequestTable:
@@ -325,6 +378,9 @@ class RequestTable:
         self.ttft_us, self.tpot_us = np.zeros((2, capacity), np.int64)
         self.prompt_tokens, self.computed_tokens = np.zeros((2, capacity), np.int64)
         self.remaining_tokens, self.instance, self.decode_on = np.zeros((3, capacity), np.int64)
+        self.output_tokens, self.first_token_us = np.zeros((2, capacity), np.int64)
+        self.preemptions, self.admitted_us = np.zeros((2, capacity), np.int64)
+        self.cached_tokens = np.zeros((capacity, len(room_tokens)), np.int64)
         self.arriving = np.zeros(capacity, np.bool_)
         self._free = list(range(capacity))[::-1]
         self._num_added = 0
@@ -348,6 +404,8 @@ class RequestTable:
         self.ttft_us[row], self.tpot_us[row] = request.ttft_us or 0, request.tpot_us or 0
         limit = request.max_output_tokens
         self.remaining_tokens[row] = UNBOUNDED if limit is None else limit
+        self.output_tokens[row] = self.first_token_us[row] = 0
+        self.preemptions[row] = self.admitted_us[row] = self.cached_tokens[row] = 0
         self.wait(row, len(request.prompt))
         return row
 
@@ -357,10 +415,15 @@ class RequestTable:
         self.prompt_tokens[row], self.computed_tokens[row] = prompt_tokens, 0
         self.arriving[row] = False
 
-    def run(self, row: int, instance: int, decode_on: int) -> None:
+    def run(self, row: int, instance: int, decode_on: int, now_us: int = 0) -> None:
         """A waiting request is given to an instance."""
         self._enter(row, RUNNING)
         self.instance[row], self.decode_on[row] = instance, decode_on
+        self.admitted_us[row] = now_us
+
+    def preempted(self, row: int) -> None:
+        """The request lost its place once more; `wait` says what it has to compute again."""
+        self.preemptions[row] += 1
 
     def leave(self, row: int) -> None:
         """A running request is told to leave; strategies see it no more."""
@@ -377,11 +440,16 @@ class RequestTable:
         self.computed_tokens[row] = computed_tokens
         self._running = None
 
-    def generated(self, rows: Sequence[int], computed_tokens: Sequence[int]) -> None:
+    def generated(
+        self, rows: Sequence[int], computed_tokens: Sequence[int], now_us: int = 0
+    ) -> None:
         """One more token was sampled for each of these rows, after so many in KV."""
         if rows:
             at = np.array(rows)
             self.computed_tokens[at] = computed_tokens
+            first = at[self.output_tokens[at] == 0]
+            self.first_token_us[first] = now_us
+            np.add.at(self.output_tokens, at, 1)
             np.subtract.at(self.remaining_tokens, at, self.remaining_tokens[at] != UNBOUNDED)
             self._running = None
 
@@ -391,11 +459,16 @@ class RequestTable:
         self.arriving[row] = arriving
         self._running = None
 
+    def waiting_cached_tokens(self) -> Ints:
+        """[waiting, instances]: rows as in `waiting`; see `State.cached_tokens`."""
+        cached: Ints = self._view("cached_tokens", self._rows(WAITING))
+        return cached
+
     def waiting(self) -> Waiting:
         """The waiting requests, in the order in which they came."""
         if self._waiting is None:
             rows = self._rows(WAITING)
-            columns = {name: self._view(name, rows) for name in _ASKED + _NAMED + _PLACED[1:2]}
+            columns = {n: self._view(n, rows) for n in (*_ASKED, *_NAMED, "prompt_tokens")}
             remaining = self._view("remaining_tokens", rows)
             self._waiting = Waiting(generate_tokens=remaining, **columns)
         return self._waiting
@@ -404,7 +477,7 @@ class RequestTable:
         """The requests on instances, in the order in which they came."""
         if self._running is None:
             rows = self._rows(RUNNING)
-            columns = _ASKED + _NAMED + _PLACED + ("decode_on",)
+            columns = (*_ASKED, *_NAMED, *_PLACED, "prompt_tokens", "remaining_tokens")
             views = {name: self._view(name, rows) for name in columns}
             held = np.where(
                 views["computed_tokens"] < views["prompt_tokens"],

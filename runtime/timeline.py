@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from sagec.runtime.engines import Event, KVExported, KVImported, StepReport
+from sagec.runtime.engines import KVExported, KVImported, StepReport
 
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
 
@@ -67,8 +67,8 @@ class Timeline:
         self.steps: list[StepReport] = []
         self.moves: list[Move] = []
 
-    def hear(self, event: Event) -> None:
-        """Note a step or a hand-over; other events leave no mark."""
+    def hear(self, event: object) -> None:
+        """Note a step or a hand-over; all else leaves no mark."""
         if isinstance(event, StepReport):
             self.steps.append(event)
             self._know(event.instance)

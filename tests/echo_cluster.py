@@ -80,10 +80,13 @@ class Served:
                 self.ends[output.request_id] = output
         return self
 
-    def hear(self, planned: Planned) -> None:
-        for plan in planned.plans:
-            check(plan)
-        self.rounds.append(planned)
+    def hear(self, said: object) -> None:
+        if isinstance(said, Event):
+            self.events.append(said)
+        if isinstance(said, Planned):
+            for plan in said.plans:
+                check(plan)
+            self.rounds.append(said)
 
 
 def echo_executor(
@@ -95,7 +98,7 @@ def echo_executor(
         engines,
         members(engines, roles),
         served.clock,
-        watch=[served.events.append, served.timeline.hear],
+        watch=[served.hear, served.timeline.hear],
     )
 
 
@@ -104,7 +107,7 @@ def serve(roles, asked, planner=None, strategy="fifo", kv_blocks: int = 40, **op
     served = Served()
     executor = echo_executor(roles, served, kv_blocks, **options)
     planner = planner or DirectPlanner()
-    served.take(executor.serve(asked, create(strategy), planner, served.hear))
+    served.take(executor.serve(asked, create(strategy), planner))
     assert {name: e.kv_blocks_used() for name, e in executor.engines.items()} == dict.fromkeys(
         roles, 0
     )

@@ -38,6 +38,8 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     """What an instance can do, as it found out when it started.
 
     kv_layout is a fingerprint: KV moves only between instances whose fingerprints are equal.
+    caches_prefixes: the KV of finished requests stays until its room is needed, and plans may
+    reuse it.
     """
 
     kv_blocks: int
@@ -46,6 +48,7 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     max_context_tokens: int
     eos_tokens: tuple[int, ...] = ()
+    caches_prefixes: bool = False
 
 
 class KVHandle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -71,6 +74,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     chunks: (request_id, begin, end) of prompt tokens. decodes: ids of the rows that decoded.
     tokens: (request_id, index in the output, token id), each sent once; finished: (id, reason).
+    reused: (request_id, tokens) of requests that this step began with KV of the prefix cache.
     Times are on the monotonic clock of the machine, in microseconds.
     """
 
@@ -84,6 +88,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: tuple[tuple[str, int, int], ...] = ()
     finished: tuple[tuple[str, FinishReason], ...] = ()
     kv_blocks_used: int = 0
+    reused: tuple[tuple[str, int], ...] = ()
 
 
 class KVExported(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -105,10 +110,26 @@ class KVImported(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Preempted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request's blocks were freed; its output stays, its KV is to be computed again."""
+    """A request's blocks were freed; its output stays.
+
+    kept_tokens: of its first tokens the instance keeps the KV in host memory, and computes only
+    those after them when the request goes on there; 0: it starts over.
+    """
 
     instance: str
     request_id: str
+    kept_tokens: int = 0
+
+
+class KVCached(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The prefix cache of an instance has changed: hashes of blocks that it holds now, and no more.
+
+    Hashes are those of `sagec.runtime.kv.block_hashes`.
+    """
+
+    instance: str
+    stored: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
 
 
 class PlanDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -133,7 +154,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str
 
 
-Event = StepReport | KVExported | KVImported | Preempted | PlanDone | Cancelled | Failed
+Event = StepReport | KVExported | KVImported | KVCached | Preempted | PlanDone | Cancelled | Failed
 
 
 class Engine(Protocol):

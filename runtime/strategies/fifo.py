@@ -1,11 +1,14 @@
 """First come, first served."""
 
+import dataclasses
+
 import numpy as np
 
 from sagec.runtime.state import Decision, State
 from sagec.runtime.strategies import _room
 
 
+@dataclasses.dataclass(frozen=True)
 class Fifo:
     """First come, first served; where KV runs out, the last to come leaves."""
 

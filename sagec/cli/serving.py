@@ -53,10 +53,9 @@ def run(args: argparse.Namespace) -> int:
     running = started(specs, args.one_process)
     known = [_as_known(instance, running) for instance in placed]
     make = {spec.id: functools.partial(_made, spec, args.one_process) for spec in specs}
-    with ExecutorAPI(
-        running, known, watch=[timeline.hear], restart=lambda name: make[name]()
-    ) as executor:
-        served.follow(executor.serve(requests, strategy, planner, on_round=served.planned))
+    watch = [timeline.hear, served.hear]
+    with ExecutorAPI(running, known, watch=watch, restart=lambda name: make[name]()) as executor:
+        served.follow(executor.serve(requests, strategy, planner))
     return _report(args, served, timeline, unit.name)
 
 
@@ -121,6 +120,7 @@ def _as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
         engine=instance.engine,
         capability=running[instance.name].capability(),
         model=instance.model.name,
+        cost=instance.cost,
     )
 
 
@@ -144,9 +144,9 @@ class _Served:
         prompts = {request.id: decoder[request.id].prompt(request.prompt) for request in requests}
         self._stream: Stream = stream_for(prompts, silent=silent)
 
-    def planned(self, _: Planned) -> None:
-        """Count a round."""
-        self.rounds += 1
+    def hear(self, said: object) -> None:
+        """Count the rounds."""
+        self.rounds += isinstance(said, Planned)
 
     def follow(self, outputs: Iterable[Output]) -> None:
         """Show what comes until all requests have ended."""

@@ -44,7 +44,7 @@ def serve_in_processes(
             os.kill(engines[killed].pid, signal.SIGKILL)
 
     with ExecutorAPI(engines, instances, watch=[watch], restart=restart) as api:
-        served.take(api.serve(asked, create("fifo"), planner or DirectPlanner(), served.hear))
+        served.take(api.serve(asked, create("fifo"), planner or DirectPlanner()))
     assert all(engine._process.returncode is not None for engine in api.engines.values())
     return served
 

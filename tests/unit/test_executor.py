@@ -125,7 +125,7 @@ def test_an_instance_that_dies_at_any_step_loses_no_request_and_changes_no_token
     served, clock = Served(), VirtualClock()
     engines = {n: Mortal(n, clock, steps if n == name else 10**9) for n in WIDE}
     api = ExecutorAPI(engines, members(engines, WIDE), clock)
-    served.take(api.serve(asked, create("fifo"), DirectPlanner(), served.hear))
+    served.take(api.serve(asked, create("fifo"), DirectPlanner()))
     assert served.tokens == serve(ONE, asked, kv_blocks=400).tokens
     assert {end.reason for end in served.ends.values()} == {FinishReason.LENGTH}
     assert all(e.kv_blocks_used() == 0 for n, e in engines.items() if n != name)

@@ -577,10 +577,8 @@ def test_whatever_fails_or_is_cancelled_no_token_is_wrong_and_nothing_is_left(da
         return make(name)
 
     engines = {name: make(name) for name in roles}
-    api = ExecutorAPI(
-        engines, members(engines, roles), served.clock, [served.events.append], restart
-    )
-    for count, output in enumerate(api.serve(asked, create("fifo"), DirectPlanner(), served.hear)):
+    api = ExecutorAPI(engines, members(engines, roles), served.clock, [served.hear], restart)
+    for count, output in enumerate(api.serve(asked, create("fifo"), DirectPlanner())):
         served.take([output])
         if count == when:
             for name in cancelled:

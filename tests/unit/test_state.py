@@ -147,6 +147,10 @@ def test_a_request_appears_waiting_with_all_it_asked_for():
     row = {field.name: getattr(waiting, field.name)[0] for field in dataclasses.fields(waiting)}
     assert row == {
         "ids": "a",
+        "sequence": 0,
+        "output_tokens": 0,
+        "first_token_us": 0,
+        "preemptions": 0,
         "arrival_us": 5,
         "priority": 2,
         "ttft_us": 100,
