@@ -1,0 +1,56 @@
+"""Eviction policies: which cached block goes when room is needed; one file each, found by its name.
+
+The policy `s3-fifo` is the class `S3Fifo` in `s3_fifo.py`; nothing else lists it.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist; says which do."""
+
+
+class EvictionPolicy(Protocol):
+    """Orders the blocks of a cache, each named by its hash.
+
+    stored: a block is in the cache now. touched: it was hit. removed: it left the cache for another
+    reason than `victim`; its history is forgotten. victim: the next block to go, of those that may
+    (no pinned one, no inner node of the prefix tree), or None; it has left the cache then, and what
+    the policy remembers of evicted blocks, it remembers of this one. blocks: those in the cache,
+    the first to go first, as far as that is known; another policy can take over in this order.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def stored(self, block_hash: int) -> None: ...
+    def touched(self, block_hash: int) -> None: ...
+    def removed(self, block_hash: int) -> None: ...
+    def victim(self, may_go: Callable[[int], bool]) -> int | None: ...
+    def blocks(self) -> Iterator[int]: ...
+    def __len__(self) -> int: ...
+
+
+def known() -> list[str]:
+    """Names of the policies that lie in this folder."""
+    names = (m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in names)
+
+
+def create(name: str, capacity_blocks: int) -> EvictionPolicy:
+    """The policy of this name for a cache of this size.
+
+    Raises PolicyError where there is none.
+    """
+    if name not in known():
+        close = difflib.get_close_matches(name, known(), n=1)
+        listed = f"there are: {', '.join(known())}"
+        hint = f"did you mean {close[0]!r}? ({listed})" if close else listed
+        raise PolicyError(f"no eviction policy {name!r}; {hint}")
+    module: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    class_name = "".join(part.capitalize() for part in name.split("-"))
+    policy: EvictionPolicy = getattr(module, class_name)(capacity_blocks)
+    return policy
