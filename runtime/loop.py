@@ -622,7 +622,7 @@ class Loop:
                 target = (
                     plan.peers[decode_on[row]] if row in decode_on else self.instances[index].id
                 )
-                self._table.decode_on[serving.row] = self._index[target]
+                self._table.decode_at(serving.row, self._index[target])
                 if serving.shadow_on != self._index[target]:
                     self._drop_shadow(serving)
         for row in plan.preemptions.row.tolist():

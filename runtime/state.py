@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sagec.runtime.plan import RECOMPUTE
 from sagec.runtime.request import Request
+from sagec.runtime.roster import Roster
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -343,6 +344,8 @@ def _check_codes(column: npt.NDArray[Any], bound: int, place: str) -> None:
         raise StateError(f"{place}[{bad[0]}]: {column[bad[0]]} is not in [0, {bound})")
 
 
+_NO_ROWS: Ints = np.zeros(0, np.int64)
+
 FREE, WAITING, RUNNING, LEAVING = 0, 1, 2, 3
 """Phases of a table row. LEAVING: told to leave its instance, which has not yet said it did."""
 
@@ -358,7 +361,25 @@ _ASKED = (
     "preemptions",
 )
 _NAMED = ("model", "tenant", "session", "adapter")
-_PLACED = ("instance", "computed_tokens", "arriving", "decode_on", "admitted_us")
+_WAITING_COLUMNS = (*_ASKED, *_NAMED, "prompt_tokens", "generate_tokens")
+_CHANGING_COLUMNS = (
+    "output_tokens",
+    "first_token_us",
+    "instance",
+    "computed_tokens",
+    "remaining_tokens",
+    "arriving",
+    "decode_on",
+)
+_RUNNING_COLUMNS = (
+    *(name for name in _ASKED if name not in _CHANGING_COLUMNS),
+    *_NAMED,
+    *_CHANGING_COLUMNS,
+    "prompt_tokens",
+    "admitted_us",
+)
+_STORED_AS = {"generate_tokens": "remaining_tokens"}
+"""Columns of views that the table keeps under another name."""
 
 
 class RequestTable:
@@ -384,8 +405,10 @@ class RequestTable:
         self.arriving = np.zeros(capacity, np.bool_)
         self._free = list(range(capacity))[::-1]
         self._num_added = 0
-        self._waiting: Waiting | None = None
-        self._running: Running | None = None
+        self._waiting = Roster(Waiting, self._waiting_values, _WAITING_COLUMNS, ())
+        self._running = Roster(Running, self._running_values, _RUNNING_COLUMNS, _CHANGING_COLUMNS)
+        self._changed = np.zeros(capacity, np.bool_)
+        self._usage = _Usage(capacity, len(room_tokens))
 
     def __len__(self) -> int:
         return len(self.phase) - len(self._free)
@@ -411,6 +434,8 @@ class RequestTable:
 
     def wait(self, row: int, prompt_tokens: int) -> None:
         """The request holds no KV; so many tokens are to be computed before it can go on."""
+        if self.phase[row] == WAITING:
+            self._enter(row, LEAVING)
         self._enter(row, WAITING)
         self.prompt_tokens[row], self.computed_tokens[row] = prompt_tokens, 0
         self.arriving[row] = False
@@ -438,7 +463,7 @@ class RequestTable:
     def progress(self, row: int, computed_tokens: int) -> None:
         """An instance holds KV of so many tokens."""
         self.computed_tokens[row] = computed_tokens
-        self._running = None
+        self._touch([row])
 
     def generated(
         self, rows: Sequence[int], computed_tokens: Sequence[int], now_us: int = 0
@@ -451,75 +476,112 @@ class RequestTable:
             self.first_token_us[first] = now_us
             np.add.at(self.output_tokens, at, 1)
             np.subtract.at(self.remaining_tokens, at, self.remaining_tokens[at] != UNBOUNDED)
-            self._running = None
+            self._touch(rows)
 
     def move(self, row: int, instance: int, arriving: bool) -> None:
         """The request's KV is on its way to an instance, or has come there."""
         self.instance[row] = self.decode_on[row] = instance
         self.arriving[row] = arriving
-        self._running = None
+        self._touch([row])
+
+    def decode_at(self, row: int, instance: int) -> None:
+        """The request will decode there."""
+        self.decode_on[row] = instance
+        self._touch([row])
 
     def waiting_cached_tokens(self) -> Ints:
         """[waiting, instances]: rows as in `waiting`; see `State.cached_tokens`."""
-        cached: Ints = self._view("cached_tokens", self._rows(WAITING))
+        self.waiting()
+        cached: Ints = self.cached_tokens[self._waiting.rows]
+        cached.flags.writeable = False
         return cached
 
     def waiting(self) -> Waiting:
         """The waiting requests, in the order in which they came."""
-        if self._waiting is None:
-            rows = self._rows(WAITING)
-            columns = {n: self._view(n, rows) for n in (*_ASKED, *_NAMED, "prompt_tokens")}
-            remaining = self._view("remaining_tokens", rows)
-            self._waiting = Waiting(generate_tokens=remaining, **columns)
-        return self._waiting
+        return self._waiting.view(_NO_ROWS, _NO_ROWS)
 
     def running(self) -> Running:
         """The requests on instances, in the order in which they came."""
-        if self._running is None:
-            rows = self._rows(RUNNING)
-            columns = (*_ASKED, *_NAMED, *_PLACED, "prompt_tokens", "remaining_tokens")
-            views = {name: self._view(name, rows) for name in columns}
-            held = np.where(
-                views["computed_tokens"] < views["prompt_tokens"],
-                views["prompt_tokens"],
-                views["computed_tokens"] + 1,
-            )
-            room = self._room_tokens[views["decode_on"]] - held
-            views["remaining_tokens"] = np.minimum(views["remaining_tokens"], room)
-            self._running = Running(**views)
-        return self._running
+        rows = self._changed.nonzero()[0]
+        self._changed[rows] = False
+        return self._running.view(rows, self.sequence[rows])
 
     def kv_blocks_used(self, block_tokens: Ints) -> Ints:
         """Blocks of each instance that hold or are promised to its requests."""
-        rows = np.flatnonzero(self.phase >= RUNNING)
-        tokens = np.maximum(self.prompt_tokens[rows], self.computed_tokens[rows]) + 1
-        used = np.zeros(len(block_tokens), np.int64)
-        here, later = self.instance[rows], self.decode_on[rows]
-        np.add.at(used, here, -(-tokens // block_tokens[here]))
-        moving = here != later
-        np.add.at(used, later[moving], -(-tokens // block_tokens[later])[moving])
-        return used
+        return self._usage.count(self, block_tokens)
 
     def _enter(self, row: int, phase: int) -> None:
-        for changed in (self.phase[row], phase):
-            if changed == WAITING:
-                self._waiting = None
-            elif changed == RUNNING:
-                self._running = None
+        sequence = int(self.sequence[row])
+        if (before := self.phase[row]) != phase:
+            if before == WAITING:
+                self._waiting.leave(sequence)
+            elif before == RUNNING:
+                self._running.leave(sequence)
+            if phase == WAITING:
+                self._waiting.enter(sequence, row)
+            elif phase == RUNNING:
+                self._running.enter(sequence, row)
         self.phase[row] = phase
+        self._usage.changed[row] = True
 
-    def _rows(self, phase: int) -> Ints:
-        rows = np.flatnonzero(self.phase == phase)
-        return rows[np.argsort(self.sequence[rows])]
+    def _touch(self, rows: Sequence[int]) -> None:
+        """Something of these running rows has changed."""
+        self._changed[rows] = self._usage.changed[rows] = True
 
-    def _view(self, name: str, rows: Ints) -> Any:
-        column = getattr(self, name)[rows]
-        column.flags.writeable = False
-        return column
+    def _waiting_values(self, rows: Ints, names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(self, _STORED_AS.get(name, name))[rows] for name in names}
+
+    def _running_values(self, rows: Ints, names: Sequence[str]) -> dict[str, Any]:
+        """A column each; remaining_tokens, which bounds a plan, is what the instance has room for
+        where the client set no limit."""
+        columns = {name: getattr(self, name)[rows] for name in names}
+        computed, prompt = self.computed_tokens[rows], self.prompt_tokens[rows]
+        held = np.where(computed < prompt, prompt, computed + 1)
+        room = self._room_tokens[self.decode_on[rows]] - held
+        columns["remaining_tokens"] = np.minimum(columns["remaining_tokens"], room)
+        return columns
 
     def _grow(self) -> None:
         capacity = len(self.phase)
         for name, column in vars(self).items():
             if isinstance(column, np.ndarray) and name != "_room_tokens":
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+        self._usage.grow()
         self._free = list(range(capacity, 2 * capacity))[::-1]
+
+
+class _Usage:
+    """Blocks that a table's requests take on each instance, counted again only where rows changed.
+
+    A row takes them where it is and, while that is another place, where it will decode: two columns
+    of `_places`, with the blocks that were counted there in `_blocks`.
+    """
+
+    def __init__(self, capacity: int, num_instances: int) -> None:
+        self.changed = np.zeros(capacity, np.bool_)
+        self._places, self._blocks = np.zeros((2, capacity, 2), np.int64)
+        self._used = np.zeros(num_instances, np.int64)
+        self._block_tokens: Ints = _NO_ROWS
+
+    def grow(self) -> None:
+        """Room for twice as many rows."""
+        self.changed = np.concatenate([self.changed, np.zeros_like(self.changed)])
+        self._places = np.concatenate([self._places, np.zeros_like(self._places)])
+        self._blocks = np.concatenate([self._blocks, np.zeros_like(self._blocks)])
+
+    def count(self, table: RequestTable, block_tokens: Ints) -> Ints:
+        """Blocks of each instance, which are of so many tokens each."""
+        if not np.array_equal(block_tokens, self._block_tokens):
+            self.changed[:], self._blocks[:] = True, 0
+            self._block_tokens, self._used = block_tokens, np.zeros_like(block_tokens)
+        rows = self.changed.nonzero()[0]
+        self.changed[rows] = False
+        np.subtract.at(self._used, self._places[rows], self._blocks[rows])
+        places = np.stack([table.instance[rows], table.decode_on[rows]], axis=1)
+        tokens = np.maximum(table.prompt_tokens[rows], table.computed_tokens[rows]) + 1
+        blocks = -(-tokens[:, None] // block_tokens[places])
+        blocks[table.phase[rows] < RUNNING] = 0
+        blocks[places[:, 0] == places[:, 1], 1] = 0
+        self._places[rows], self._blocks[rows] = places, blocks
+        np.add.at(self._used, places, blocks)
+        return self._used.copy()

@@ -187,13 +187,18 @@ def test_blocks_are_counted_where_a_request_is_and_where_it_goes():
     assert table.kv_blocks_used(np.array([16, 8])).tolist() == [3, 4]
 
 
+def columns_of(view):
+    return {f.name: getattr(view, f.name).tolist() for f in dataclasses.fields(view)}
+
+
 class TableMachine(RuleBasedStateMachine):
     """A table against plain dictionaries."""
 
     def __init__(self):
         super().__init__()
-        self.table = RequestTable(capacity=2)
+        self.table = RequestTable(capacity=2, room_tokens=[UNBOUNDED, UNBOUNDED])
         self.rows, self.waiting, self.running, self.count = {}, [], [], 0
+        self.shown = []
 
     @rule(prompt=st.integers(1, 50), limit=st.none() | st.integers(1, 50))
     def add(self, prompt, limit):
@@ -227,6 +232,13 @@ class TableMachine(RuleBasedStateMachine):
             expected = before if before == UNBOUNDED else before - 1
             assert self.table.remaining_tokens[row] == expected
 
+    @rule(data=st.data(), arriving=st.booleans())
+    def move(self, data, arriving):
+        if self.running:
+            row = self.rows[data.draw(st.sampled_from(self.running))]
+            self.table.move(row, data.draw(st.integers(0, 1)), arriving)
+            self.table.decode_at(row, data.draw(st.integers(0, 1)))
+
     @rule(data=st.data())
     def remove(self, data):
         names = self.waiting + self.running
@@ -244,6 +256,30 @@ class TableMachine(RuleBasedStateMachine):
         assert self.table.running().ids.tolist() == sorted(self.running, key=key)
         assert len(self.table) == len(self.rows)
         assert len(set(self.rows.values())) == len(self.rows)
+
+    @invariant()
+    def views_say_what_the_table_says_and_older_ones_what_it_said(self):
+        for view, before in self.shown:
+            assert columns_of(view) == before
+        for view in (self.table.waiting(), self.table.running()):
+            rows = [self.rows[name] for name in view.ids]
+            for name, column in columns_of(view).items():
+                stored = {"generate_tokens": "remaining_tokens"}.get(name, name)
+                assert (
+                    column == getattr(self.table, stored)[rows].tolist()
+                    or name == "remaining_tokens"
+                )
+            self.shown = [*self.shown[-4:], (view, columns_of(view))]
+
+    @invariant()
+    def blocks_are_counted_as_if_anew(self):
+        blocks = [0, 0]
+        for name in self.running:
+            row = self.rows[name]
+            tokens = max(self.table.prompt_tokens[row], self.table.computed_tokens[row]) + 1
+            for instance in {int(self.table.instance[row]), int(self.table.decode_on[row])}:
+                blocks[instance] += -(-int(tokens) // (8, 16)[instance])
+        assert self.table.kv_blocks_used(np.array([8, 16])).tolist() == blocks
 
 
 TestTable = TableMachine.TestCase
