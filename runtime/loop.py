@@ -368,6 +368,8 @@ class Loop:
             if serving := self._on(report.instance, request_id):
                 self._table.progress(serving.row, end)
         self._take_tokens(report)
+        if report.advanced:
+            self._count_tokens(report)
         for request_id, reason in report.finished:
             if serving := self._on(report.instance, request_id):
                 self._finish(serving, reason, "")
@@ -394,6 +396,25 @@ class Loop:
                 serving.first_token_us = report.end_us
             self._actions.append(Token(request_id, index, token, report.end_us))
         self._table.generated(rows, computed_tokens, report.end_us)
+
+    def _count_tokens(self, report: StepReport) -> None:
+        """The tokens of simulated steps: as many as were said, whichever they are."""
+        first_us = report.begin_us + (report.end_us - report.begin_us) // report.steps
+        rows, computed_tokens = [], []
+        for request_id, index, count in report.advanced:
+            serving = self._on(report.instance, request_id)
+            if serving is None:
+                continue
+            if (index := serving.base + index) != len(serving.output):
+                self._lose(serving, index, report.instance)
+                continue
+            serving.output += [0] * count
+            rows.append(serving.row)
+            computed_tokens.append(serving.num_tokens - 1)
+            serving.last_token_us = report.end_us
+            if serving.first_token_us is None:
+                serving.first_token_us = first_us
+        self._table.generated(rows, computed_tokens, first_us, report.steps)
 
     def _lose(self, serving: _Serving, index: int, instance: str) -> None:
         """End a request of whose tokens some never came."""

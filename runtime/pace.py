@@ -34,7 +34,7 @@ class Pace:
 
     def note(self, instance: int, report: StepReport) -> None:
         """Take a step into account."""
-        step_us = float(report.end_us - report.begin_us)
+        step_us = (report.end_us - report.begin_us) / report.steps
         prompt_tokens = sum(end - begin for _, begin, end in report.chunks)
         if not prompt_tokens:
             self._mix(self._decode_us, instance, step_us, False)

@@ -229,6 +229,7 @@ class Decision:
     chunk of the row's prompt is longer; 0: nothing said.
     preempt_rows: rows of `State.running`; preempt_how: RECOMPUTE or SWAP.
     mode, horizon_steps: how the round is to be fused and how far it looks; "" and 0: as configured.
+    step_prompt_tokens: no step computes more tokens of prompts; 0: as many as its instance takes.
     turn_steps: of each instance, how many steps it may compute before the next round, ANY: as the
     horizon says; with 0 it computes nothing, and its requests keep their KV. None: ANY for all.
     again_us: when to be asked again at the latest, though nothing happens until then.
@@ -246,6 +247,7 @@ class Decision:
     preempt_reason: Strings
     mode: str = ""
     horizon_steps: int = 0
+    step_prompt_tokens: int = 0
     turn_steps: Ints | None = None
     again_us: int | None = None
     memory: Memory = dataclasses.field(default_factory=dict)
@@ -466,16 +468,24 @@ class RequestTable:
         self._touch([row])
 
     def generated(
-        self, rows: Sequence[int], computed_tokens: Sequence[int], now_us: int = 0
+        self,
+        rows: Sequence[int],
+        computed_tokens: Sequence[int],
+        now_us: int = 0,
+        count: int = 1,
     ) -> None:
-        """One more token was sampled for each of these rows, after so many in KV."""
+        """`count` more tokens were sampled for each of these rows, the last after so many in KV.
+
+        now_us: when the first of them was.
+        """
         if rows:
             at = np.array(rows)
             self.computed_tokens[at] = computed_tokens
             first = at[self.output_tokens[at] == 0]
             self.first_token_us[first] = now_us
-            np.add.at(self.output_tokens, at, 1)
-            np.subtract.at(self.remaining_tokens, at, self.remaining_tokens[at] != UNBOUNDED)
+            np.add.at(self.output_tokens, at, count)
+            bounded = self.remaining_tokens[at] != UNBOUNDED
+            np.subtract.at(self.remaining_tokens, at, count * bounded)
             self._touch(rows)
 
     def move(self, row: int, instance: int, arriving: bool) -> None:

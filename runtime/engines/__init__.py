@@ -75,6 +75,9 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     chunks: (request_id, begin, end) of prompt tokens. decodes: ids of the rows that decoded.
     tokens: (request_id, index in the output, token id), each sent once; finished: (id, reason).
     reused: (request_id, tokens) of requests that this step began with KV of the prefix cache.
+    A simulator knows how many tokens there are, but not which: it says (request_id, index of the
+    first, how many) in `advanced`, and may report `steps` like steps that followed one another,
+    `step` being the last of them, in one.
     Times are on the monotonic clock of the machine, in microseconds.
     """
 
@@ -89,6 +92,8 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     finished: tuple[tuple[str, FinishReason], ...] = ()
     kv_blocks_used: int = 0
     reused: tuple[tuple[str, int], ...] = ()
+    steps: int = 1
+    advanced: tuple[tuple[str, int, int], ...] = ()
 
 
 class KVExported(msgspec.Struct, frozen=True, kw_only=True, tag=True):

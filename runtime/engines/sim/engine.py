@@ -1,0 +1,307 @@
+"""The simulated instance: plans in; steps that take their time, and events, out."""
+
+import time
+from collections.abc import Sequence
+
+from sagec.runtime.clock import Clock, VirtualClock
+from sagec.runtime.engines import (
+    Cancelled,
+    Capability,
+    Event,
+    Failed,
+    InstanceSpec,
+    KVExported,
+    KVHandle,
+    KVImported,
+    PlanDone,
+    Preempted,
+    StepReport,
+)
+from sagec.runtime.engines.sim.options import read_options
+from sagec.runtime.engines.sim.residents import Residents, exceeds
+from sagec.runtime.engines.sim.row import Row
+from sagec.runtime.engines.sim.running import RunningPlan, Stretch
+from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError
+from sagec.runtime.request import FinishReason, Request
+
+Message = tuple[ExecutionPlan, tuple[Request, ...]] | KVHandle | str
+
+
+class SimEngine:
+    """One instance. Steps begin and end when its clock says so; `poll` tells of those that ended.
+
+    What it is told takes effect at the end of the step at work, as on a real engine.
+    """
+
+    def __init__(self, spec: InstanceSpec, clock: Clock) -> None:
+        """Raises EngineError where an option is wrong."""
+        self._id, self._clock = spec.id, clock
+        self._options = read_options(spec)
+        self._residents = Residents(spec.kv_blocks, spec.block_tokens)
+        self._kv_bytes = self._options.cost.kv_bytes_per_token
+        self._running: RunningPlan | None = None
+        self._stretch: Stretch | None = None
+        self._inbox: list[Message] = []
+        self._received: dict[str, KVHandle] = {}
+        self._gone: dict[str, None] = {}
+        self._events: list[Event] = []
+        self._free_at_us = 0
+        self._capability = Capability(
+            kv_blocks=spec.kv_blocks,
+            block_tokens=spec.block_tokens,
+            kv_layout=f"sim:{spec.block_tokens}",
+            kv_bytes_per_token=round(self._kv_bytes),
+            max_context_tokens=spec.kv_blocks * spec.block_tokens,
+        )
+
+    def capability(self) -> Capability:
+        return self._capability
+
+    def submit(self, plan: ExecutionPlan, requests: Sequence[Request] = ()) -> None:
+        self._inbox.append((plan, tuple(requests)))
+
+    def receive(self, handle: KVHandle) -> None:
+        self._inbox.append(handle)
+
+    def cancel(self, request_id: str) -> None:
+        self._inbox.append(request_id)
+
+    def poll(self, timeout_s: float = 0.0) -> list[Event]:
+        if not isinstance(self._clock, VirtualClock):
+            self._wait(timeout_s)
+        self._turn(self._clock.now_us())
+        events, self._events = self._events, []
+        return events
+
+    def next_us(self) -> int | None:
+        """When something happens next, so that a virtual clock can jump there; None: nothing."""
+        if self._stretch is not None:
+            return self._stretch.ends_us[-1]
+        if self._inbox:
+            return self._clock.now_us()
+        return min(self._coming(self._running), default=None) if self._running else None
+
+    def close(self) -> None:
+        self._running = self._stretch = None
+        self._inbox.clear()
+
+    def kv_blocks_used(self) -> int:
+        """Blocks that requests on this instance hold."""
+        return self._residents.used_blocks
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless all blocks are accounted for."""
+        self._residents.check_integrity()
+
+    def _wait(self, timeout_s: float) -> None:
+        """Let the wall's time pass until the stretch at work ends, or timeout_s have gone by."""
+        if self._stretch is not None and not self._events:
+            left_s = (self._stretch.ends_us[-1] - self._clock.now_us()) / 1e6
+            time.sleep(max(0.0, min(timeout_s, left_s)))
+
+    # Turns
+
+    def _turn(self, now_us: int) -> None:
+        """Tell of steps that ended, hear what came in and begin what is next."""
+        if (stretch := self._stretch) is not None:
+            if over := stretch.over_by(now_us):
+                self._tell(stretch, over)
+            if self._inbox:
+                stretch.end_with_the_step_at(now_us)
+            if not stretch.is_done:
+                return
+            self._stretch = None
+        self._hear_inbox()
+        if (running := self._running) is None:
+            return
+        self._import_arrived(running, now_us)
+        begin_us = max(self._free_at_us, now_us)
+        self._stretch = running.next_stretch(self._residents, self._options.cost, begin_us)
+        if self._stretch is not None:
+            if arrivals := self._coming(running):
+                self._stretch.end_with_the_step_at(min(arrivals))
+        elif running.step >= running.plan.num_steps or not self._awaits(running):
+            self._finish_plan()
+
+    def _coming(self, running: RunningPlan) -> list[int]:
+        """When KV will be here that the plan imports."""
+        received = self._received
+        return [self._arrival_us(received[name]) for name in running.imports if name in received]
+
+    def _tell(self, stretch: Stretch, steps: int) -> None:
+        """Report so many more steps of the stretch, and what came of them."""
+        assert self._running is not None
+        begin_us = stretch.told_until_us
+        stretch.done += steps
+        end_us = stretch.ends_us[stretch.done - 1]
+        self._free_at_us = end_us
+        running = self._running
+        running.step = stretch.first + stretch.done
+        chunks = tuple((row.request.id, begin, end) for row, begin, end in stretch.chunks)
+        advanced = [self._advance(row, steps) for row in stretch.decodes]
+        for row, _, end in stretch.chunks:
+            row.computed = end
+            if end == row.num_tokens:
+                advanced.append((row.request.id, row.num_output, 1))
+                row.num_tokens += 1
+        finished = self._finished(stretch, running)
+        self._events.append(
+            StepReport(
+                instance=self._id,
+                plan_id=running.plan.plan_id,
+                step=running.step - 1,
+                begin_us=begin_us,
+                end_us=end_us,
+                chunks=chunks,
+                decodes=tuple(row.request.id for row in stretch.decodes),
+                finished=tuple(finished),
+                kv_blocks_used=self._residents.used_blocks,
+                steps=steps,
+                advanced=tuple(advanced),
+            )
+        )
+        for request_id, _ in finished:
+            self._leave(request_id)
+        self._export_ready(running, end_us)
+
+    def _advance(self, row: Row, steps: int) -> tuple[str, int, int]:
+        index = row.num_output
+        row.computed += steps
+        row.num_tokens += steps
+        return row.request.id, index, steps
+
+    def _finished(self, stretch: Stretch, running: RunningPlan) -> list[tuple[str, FinishReason]]:
+        """Rows that have all their tokens, or no room for more and nowhere to go."""
+        rows = stretch.decodes + [row for row, _, _ in stretch.chunks]
+        room = self._residents.room_tokens
+        return [
+            (row.request.id, FinishReason.LENGTH)
+            for row in rows
+            if row.num_output
+            and (
+                row.num_tokens >= row.limit
+                or (row.num_tokens >= room and row.request.id not in running.exports)
+            )
+        ]
+
+    # What it was told
+
+    def _hear_inbox(self) -> None:
+        for message in self._inbox:
+            if isinstance(message, KVHandle):
+                self._residents.drop(message.request.id)
+                self._received[message.request.id] = message
+            elif isinstance(message, str):
+                self._leave(message)
+                self._received.pop(message, None)
+                self._events.append(Cancelled(instance=self._id, request_id=message))
+            else:
+                self._begin(*message)
+        self._inbox.clear()
+
+    def _begin(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
+        """Let `plan` take over from the one at work."""
+        self._finish_plan()
+        for request in requests:
+            self._received.pop(request.id, None)
+            self._gone.pop(request.id, None)
+            if error := exceeds(self._residents, request):
+                self._fail(request.id, error)
+            else:
+                self._residents.add(request)
+        if plan.target_instance_id != self._id:
+            raise PlanError(f"plan {plan.plan_id}: for {plan.target_instance_id!r}, not {self._id}")
+        self._running = running = RunningPlan(plan)
+        self._preempt(plan)
+        self._residents.keep_only(running.kv_blocks)
+        for request_id in plan.request_ids:
+            places = (self._residents.rows, self._received, self._gone, running.imports)
+            if not any(request_id in place for place in places):
+                self._fail(request_id, f"plan {plan.plan_id} names it, but it never came here")
+        self._export_ready(running, self._clock.now_us())
+
+    def _preempt(self, plan: ExecutionPlan) -> None:
+        columns = (plan.preemptions.row.tolist(), plan.preemptions.how.tolist())
+        for index, how in zip(*columns, strict=True):
+            if (row := self._residents.rows.get(plan.request_ids[index])) is None:
+                continue
+            self._residents.hold(row, 0)
+            row.swapped = how == SWAP
+            if how != SWAP:
+                row.computed = 0
+            self._events.append(
+                Preempted(instance=self._id, request_id=row.request.id, kept_tokens=row.computed)
+            )
+
+    def _finish_plan(self) -> None:
+        if self._running is not None:
+            self._events.append(PlanDone(instance=self._id, plan_id=self._running.plan.plan_id))
+            self._running = None
+
+    def _leave(self, request_id: str) -> None:
+        self._residents.drop(request_id)
+        self._gone[request_id] = None
+
+    def _fail(self, request_id: str, error: str) -> None:
+        self._leave(request_id)
+        self._events.append(Failed(instance=self._id, request_id=request_id, error=error))
+
+    # KV between instances
+
+    def _export_ready(self, running: RunningPlan, now_us: int) -> None:
+        """Send away the rows whose first token is sampled."""
+        rows = self._residents.rows
+        for request_id in [name for name in running.exports if name in rows]:
+            row = rows[request_id]
+            if not row.decodes or not self._residents.make_room(row, row.computed):
+                continue
+            handle = KVHandle(
+                request=row.request,
+                source=self._id,
+                target=running.exports.pop(request_id),
+                output=(0,) * row.num_output,
+                computed_tokens=row.computed,
+                layout=self._capability.kv_layout,
+                place="",
+                num_bytes=round(row.computed * self._kv_bytes),
+                begin_us=now_us,
+            )
+            self._leave(request_id)
+            self._events.append(KVExported(handle=handle, end_us=self._arrival_us(handle)))
+
+    def _arrival_us(self, handle: KVHandle) -> int:
+        options = self._options
+        us = options.link_latency_us + 1e6 * handle.num_bytes / options.link_bytes_per_s
+        return handle.begin_us + round(us)
+
+    def _import_arrived(self, running: RunningPlan, now_us: int) -> None:
+        """Take in KV that has come, in the order of the plan, as far as there is room."""
+        for request_id in [name for name in running.imports if name in self._received]:
+            handle = self._received[request_id]
+            if self._arrival_us(handle) > now_us:
+                continue
+            row = self._residents.add(handle.request, len(handle.output))
+            tokens = handle.computed_tokens
+            if not self._residents.make_room(row, tokens + 1, running.kv_blocks[request_id]):
+                self._residents.drop(request_id)
+                break
+            row.computed = tokens
+            del self._received[request_id]
+            self._gone.pop(request_id, None)
+            self._events.append(
+                KVImported(
+                    instance=self._id,
+                    request_id=request_id,
+                    source=handle.source,
+                    num_bytes=handle.num_bytes,
+                    begin_us=handle.begin_us,
+                    end_us=now_us,
+                )
+            )
+
+    def _awaits(self, running: RunningPlan) -> bool:
+        """Whether KV may still arrive that the plan goes on with."""
+        now_us = self._clock.now_us()
+        late = {n for n, h in self._received.items() if self._arrival_us(h) > now_us}
+        here = (self._residents.rows.keys() | self._received.keys() | self._gone.keys()) - late
+        return bool((running.imports.keys() & running.computing) - here)

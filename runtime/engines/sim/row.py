@@ -1,0 +1,31 @@
+"""A request on a simulated instance: how far it is, in tokens and blocks."""
+
+from dataclasses import dataclass
+
+from sagec.runtime.request import Request
+
+
+@dataclass(slots=True)
+class Row:
+    """num_tokens: prompt and output. computed: of them, how many have KV here, or on the host while
+    `swapped`. limit: tokens at which it ends. blocks: those that it holds, of which the first
+    `shared` belong to the prefix cache.
+    """
+
+    request: Request
+    num_tokens: int
+    limit: int
+    computed: int = 0
+    blocks: int = 0
+    shared: int = 0
+    swapped: bool = False
+
+    @property
+    def num_output(self) -> int:
+        """Tokens that were generated here, or where it came from."""
+        return self.num_tokens - len(self.request.prompt)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only the token sampled last has no KV."""
+        return self.computed == self.num_tokens - 1 and self.num_output > 0

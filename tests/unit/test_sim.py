@@ -1,0 +1,138 @@
+"""The simulated engine: its times are the cost model's, whoever asks and how often."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagec.runtime.engines import EngineError, KVImported, StepReport
+from sagec.runtime.engines.sim import create
+from sagec.runtime.loop import Finished
+from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.strategies import create as strategy
+from tests.direct_planner import DirectPlanner
+from tests.echo_cluster import ONE, SPLIT, WIDE, Served, requests
+from tests.sim_cluster import COST, sim_executor, sim_spec, simulate
+
+CLUSTERS = {"one": ONE, "split": SPLIT, "wide": WIDE}
+
+
+def steps_of(served: Served) -> list[StepReport]:
+    return [event for event in served.events if isinstance(event, StepReport)]
+
+
+def ends_of(served: Served) -> dict[str, tuple[FinishReason, int, int]]:
+    return {
+        name: (e.reason, e.report.output_tokens, e.report.end_us) for name, e in served.ends.items()
+    }
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_everybody_gets_as_many_tokens_as_were_asked_for(cluster):
+    served = simulate(CLUSTERS[cluster], requests(20))
+    assert not served.failures
+    assert {reason for reason, _, _ in ends_of(served).values()} == {FinishReason.LENGTH}
+    assert {tokens for _, tokens, _ in ends_of(served).values()} == {20}
+
+
+def test_a_request_alone_takes_what_the_cost_model_says():
+    asked = [Request(id="a", prompt=range(32), max_output_tokens=5)]
+    served = simulate(ONE, asked)
+    prefill_us = round(COST.one_step_us(32, 32 * 33 / 2, 32))
+    decode_us = [round(COST.one_step_us(1, 33 + i, 33 + i)) for i in range(4)]
+    report = served.ends["a"].report
+    assert report.ttft_us == prefill_us
+    assert report.end_us - report.arrival_us == prefill_us + sum(decode_us)
+    assert report.tpot_us == sum(decode_us) / 4
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 8, 64])
+def test_how_far_plans_look_changes_no_time(horizon):
+    asked = [Request(id="a", prompt=range(40), max_output_tokens=50)]
+    served = simulate(ONE, asked, DirectPlanner(horizon=horizon))
+    assert ends_of(served) == ends_of(simulate(ONE, asked))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_steps_of_an_instance_follow_one_another_and_stay_in_their_budget(cluster):
+    served = simulate(CLUSTERS[cluster], requests(30, every_us=100), kv_blocks=30)
+    for name in CLUSTERS[cluster]:
+        reports = [report for report in steps_of(served) if report.instance == name]
+        for before, after in itertools.pairwise(reports):
+            assert before.end_us <= after.begin_us
+        assert all(report.begin_us < report.end_us for report in reports)
+        assert all(report.kv_blocks_used <= 30 for report in reports)
+        tokens = [sum(e - b for _, b, e in r.chunks) + len(r.decodes) for r in reports]
+        assert max(tokens) <= 64
+
+
+def test_a_hand_over_takes_the_links_latency_and_its_bytes():
+    asked = [Request(id="a", prompt=range(32), max_output_tokens=5)]
+    served = simulate(SPLIT, asked, link_bytes_per_s="1e9", link_latency_us="7")
+    moved = next(event for event in served.events if isinstance(event, KVImported))
+    assert moved.num_bytes == 32 * COST.kv_bytes_per_token
+    assert moved.end_us - moved.begin_us == 7 + moved.num_bytes * 1e6 / 1e9
+
+
+def test_many_like_steps_are_one_report():
+    served = simulate(
+        ONE, [Request(id="a", prompt=range(8), max_output_tokens=100)], DirectPlanner(horizon=64)
+    )
+    reports = steps_of(served)
+    assert sum(report.steps for report in reports) == 100
+    assert len(reports) < 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cluster=st.sampled_from(sorted(CLUSTERS)),
+    kv_blocks=st.integers(14, 60),
+    gaps=st.lists(st.integers(0, 3000), min_size=1, max_size=25),
+    cancelled=st.sets(st.integers(0, 24), max_size=4),
+)
+def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
+    cluster, kv_blocks, gaps, cancelled
+):
+    asked = []
+    for i, gap in enumerate(gaps):
+        at = gap + (asked[-1].arrival_us if asked else 0)
+        prompt = range(1 + 37 * i % 150)
+        asked.append(
+            Request(id=f"r{i}", prompt=prompt, max_output_tokens=1 + i * 7 % 40, arrival_us=at)
+        )
+
+    def run() -> Served:
+        served = Served()
+        executor = sim_executor(CLUSTERS[cluster], served, kv_blocks)
+        for output in executor.serve(asked, strategy("fifo"), DirectPlanner()):
+            served.take([output])
+            if isinstance(output, Finished) and len(served.ends) in cancelled:
+                executor.cancel(f"r{len(gaps) - 1}")
+        for engine in executor.engines.values():
+            engine.check_integrity()
+            assert engine.kv_blocks_used() == 0
+        return served
+
+    first, second = run(), run()
+    assert not first.failures
+    assert ends_of(first) == ends_of(second)
+    assert set(first.ends) == {request.id for request in asked}
+    for request in asked:
+        reason, tokens, _ = ends_of(first)[request.id]
+        assert tokens == request.max_output_tokens or reason is FinishReason.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"speed": "2"}, "sim has no option 'speed'"),
+        ({"overhead_us": "soon"}, "overhead_us='soon': a number, 0 or more"),
+        ({"flops_per_s": "0"}, "flops_per_s='0': more than 0"),
+        ({"link_bytes_per_s": "0"}, "link_bytes_per_s='0': more than 0"),
+        ({"prefix_cache": "maybe"}, "prefix_cache='maybe': on or off"),
+    ],
+)
+def test_a_wrong_option_is_named(options, said):
+    with pytest.raises(EngineError, match=said.replace("(", r"\(")):
+        create(sim_spec("x0", **options))
