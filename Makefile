@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help install demo test test-all lint bench docs docs-check clean
 
 help:
-	@echo "make demo      serve examples/chat.sage: text as it streams, a table, a picture"
+	@echo "make demo      serve two examples: text as it streams, tables, pictures, an explanation"
 	@echo "make test      all tests but the slow ones; make test-all runs those too"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks; tables on the screen, JSON and Markdown in out/"
@@ -31,12 +31,17 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# The version that the figures were taken with, or where it is not to be had, any that will do.
 	$(BIN)/pip install --disable-pip-version-check --quiet torch==2.13.0 || $(BIN)/pip install --disable-pip-version-check --quiet "torch>=2.4"
-	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[torch,solver,dev]"
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[torch,solver,telemetry,dev]"
 	@touch $@
 
 demo: $(INSTALLED)
 	@mkdir -p out
 	$(BIN)/sagec run examples/chat.sage --timeline out/chat.svg
+	@echo; echo "Two strategies on one file: whoever came first, and whoever was promised something."
+	$(BIN)/sagec run examples/rivals.sage --strategy fifo --timeline out/fifo.svg --record out/fifo.rec
+	$(BIN)/sagec run examples/rivals.sage --strategy slo-aware --timeline out/slo-aware.svg
+	@echo; echo "Why the question about tokens had to wait under fifo:"
+	$(BIN)/sagec explain out/fifo.rec --request token
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) $(TEST_FLAGS)
@@ -53,6 +58,9 @@ bench: $(INSTALLED)
 	@mkdir -p out
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/kv.py
+	$(BIN)/python benchmarks/recorder.py
+	$(BIN)/python benchmarks/strategies.py
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

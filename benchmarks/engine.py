@@ -8,9 +8,6 @@ turns; the ratio is the median of the ratios of neighbouring turns.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 import torch
 
 from sagec.runtime.engines import Engine, InstanceSpec, StepReport, create
@@ -177,25 +175,14 @@ def measure(ours: Sagec, theirs: Transformers, dtype: str, batch: int, args: Any
     )
 
 
-def machine(args: Any) -> dict[str, Any]:
+def machine(args: argparse.Namespace) -> dict[str, Any]:
     """Where and with what the figures were taken."""
     import transformers
 
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in _lines("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": model,
-        "cores": cores,
+        **tables.machine(),
         "threads": args.threads,
         "native": args.native,
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "prompt_tokens": args.prompt,
@@ -203,34 +190,41 @@ def machine(args: Any) -> dict[str, Any]:
     }
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+HEADS = (
+    "dtype",
+    "batch",
+    "sagec tokens/s",
+    "transformers tokens/s",
+    "ratio",
+    "least ratio",
+    "first token ms",
+    "same tokens",
+)
 
 
 def markdown(where: dict[str, Any], results: Sequence[Result]) -> str:
     """The results as a table, with a line that says where they were taken."""
-    lines = [
+    rows = [
+        (
+            r.dtype,
+            r.batch,
+            r.sagec_tokens_per_s,
+            r.transformers_tokens_per_s,
+            r.ratio,
+            r.least_ratio,
+            r.sagec_first_token_ms,
+            f"{r.same_tokens:.1%}",
+        )
+        for r in results
+    ]
+    parts = [
         "# Torch engine against transformers' generate",
-        "",
-        ", ".join(f"{name} {value}" for name, value in where.items()) + ".",
-        "",
+        tables.machine_line(where),
         "Same tokens: in bfloat16 the two round differently, and with random weights a choice that "
         "rounding tips changes all that follow.",
-        "",
-        "| dtype | batch | sagec tokens/s | transformers tokens/s | ratio | least ratio |"
-        " first token ms | same tokens |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        tables.table_of(HEADS, rows),
     ]
-    for r in results:
-        lines.append(
-            f"| {r.dtype} | {r.batch} | {r.sagec_tokens_per_s:.0f} | "
-            f"{r.transformers_tokens_per_s:.0f} | {r.ratio:.2f} | {r.least_ratio:.2f} | "
-            f"{r.sagec_first_token_ms:.1f} | {r.same_tokens:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -257,13 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results.append(measure(ours, theirs, dtype, batch, args))
                 print(results[-1], flush=True)
     where = machine(args)
-    table = markdown(where, results)
-    print(table)
+    text = markdown(where, results)
+    print(text)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(result) for result in results]
-        (args.out / "engine.json").write_text(json.dumps({**where, "results": rows}, indent=1))
-        (args.out / "engine.md").write_text(table)
+        answer = {**where, "results": [asdict(result) for result in results]}
+        tables.write(args.out, "engine", answer, text, {})
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@
 A round is what `CompilingPlanner` does between a strategy's decision and the plans on the wire:
 build the graph, run each pass of the pipeline `round`, lower, encode as msgpack, drop the graph.
 It is repeated on the same state; medians and 99th percentiles in microseconds of wall time, and of
-the total also of this thread's CPU time, which says more where other programs run. An offline
-compile reads a file, runs the pipeline `serve`, lowers and encodes.
+the total also of this thread's CPU time, which says more where other programs run. Then what each
+strategy's `decide` takes, and the whole round with what it decided. An offline compile reads a
+file, runs the pipeline `serve`, lowers and encodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -26,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
+import xdsl
 
 from sagec.compiler import Compiler, passes_of
 from sagec.lowering.execution_plan import plans_of
 from sagec.pipelines import PIPELINES
 from sagec.planner import CompilingPlanner
+from sagec.runtime import strategies
 from sagec.runtime.plan import encode
 from sagec.runtime.state import Decision, Instances, Running, State, Waiting
 
@@ -42,6 +44,9 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 """Roles of the instances of each cluster."""
 
 RESIDENTS, WAITING = (0, 64, 256, 1024), (0, 4, 64)
+DECIDED = (("one hybrid instance", "prefill and decode"), ((64, 4), (1024, 64)))
+"""Clusters, and residents and waiting requests, that strategies decide about."""
+
 REQUESTS = (100, 1_000, 10_000)
 HORIZON = 16
 BLOCK_TOKENS = 16
@@ -59,6 +64,20 @@ class Round:
     p99_us: float
     cpu_median_us: float
     stages_us: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A strategy's decision and the whole round with it, medians of wall and of CPU time."""
+
+    strategy: str
+    cluster: str
+    residents: int
+    waiting: int
+    decide_us: float
+    decide_cpu_us: float
+    round_us: float
+    round_cpu_us: float
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,53 @@ def measure_round(cluster: str, residents: int, waiting: int, rounds: int) -> Ro
     )
 
 
+def measure_strategy(
+    strategy: str, cluster: str, residents: int, waiting: int, rounds: int
+) -> Decided:
+    """Rounds as the loop makes them, with what the strategy remembers of the one before."""
+    roles, decider = CLUSTERS[cluster], strategies.create(strategy)
+    planner, state = planner_of(roles), promised(state_of(roles, residents, waiting))
+    state = dataclasses.replace(state, memory=decider.decide(state).memory)
+    times: list[tuple[float, ...]] = []
+    for _ in range(rounds):
+        begin = time.perf_counter(), time.thread_time()
+        decision = decider.decide(state)
+        decided = time.perf_counter(), time.thread_time()
+        planner.plan(state, decision)
+        planned = time.perf_counter(), time.thread_time()
+        times.append(tuple(np.subtract([*decided, *planned], [*begin, *begin])))
+    medians = [_us(statistics.median(column)) for column in zip(*times, strict=True)]
+    return Decided(strategy, cluster, residents, waiting, *medians)
+
+
+def promised(state: State) -> State:
+    """The state, in which half of the requests were promised times, and instances know their pace.
+
+    What strategies ask for beside lengths: tenants, priorities and how far a request is, too.
+    """
+    columns = {}
+    for name in ("waiting", "running"):
+        asked: Waiting | Running = getattr(state, name)
+        row = np.arange(len(asked))
+        columns[name] = dataclasses.replace(
+            asked,
+            tenant=np.array([f"tenant-{at % 4}" for at in row.tolist()], object),
+            priority=row % 2,
+            ttft_us=np.where(row % 2, 0, 400_000),
+            tpot_us=np.where(row % 2, 0, 50_000),
+            arrival_us=800_000 + 100 * row,
+        )
+    running, ones = columns["running"], np.ones(len(state.instances), np.int64)
+    output = np.full(len(running), 10)
+    columns["running"] = dataclasses.replace(
+        running, output_tokens=output, first_token_us=running.arrival_us + 50_000
+    )
+    instances = dataclasses.replace(
+        state.instances, prefill_ns_per_token=2_000 * ones, decode_step_us=8_000 * ones
+    )
+    return dataclasses.replace(state, instances=instances, **columns)
+
+
 def _p99(values: Sequence[float]) -> float:
     return sorted(values)[min(int(len(values) * 0.99), len(values) - 1)]
 
@@ -278,67 +344,70 @@ def measure_compile(form: str, requests: int, runs: int) -> Compile:
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were taken."""
-    import xdsl
-
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "cores": cores,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        **tables.machine(),
         "xdsl": str(xdsl.__version__),
         "horizon": HORIZON,
         "pipeline": PIPELINES["round"].text,
     }
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def table_of(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, aligned, so that it reads as plain text too."""
-    cells = [list(map(str, heads)), *([_shown(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def _shown(cell: object) -> str:
-    if not isinstance(cell, float):
-        return str(cell)
-    return f"{cell:.0f}" if cell >= 10 else f"{cell:.2f}"
-
-
-def report(where: dict[str, Any], rounds: Sequence[Round], compiles: Sequence[Compile]) -> str:
+def report(
+    where: dict[str, Any],
+    rounds: Sequence[Round],
+    decided: Sequence[Decided],
+    compiles: Sequence[Compile],
+) -> str:
     """All figures as Markdown."""
     parts = [
         "# A scheduling round",
-        ", ".join(f"{name} {value}" for name, value in where.items() if name != "pipeline") + ".",
-        f"Microseconds; the budget is {BUDGET_US} at 1024 residents and 64 waiting.",
-        table_of(
-            ("cluster", "residents", "waiting", "median", "p99", "CPU median"),
-            [
-                (r.cluster, r.residents, r.waiting, r.median_us, r.p99_us, r.cpu_median_us)
-                for r in rounds
-            ],
-        ),
+        tables.machine_line({name: where[name] for name in where if name != "pipeline"}),
+        *round_parts(rounds),
+        *decided_parts(decided),
+        *compile_parts(compiles),
+        vllm_line(),
     ]
-    largest = [r for r in rounds if (r.residents, r.waiting) == _largest(rounds)]
-    parts += [f"Its stages at {_largest(rounds)[0]} residents, {_largest(rounds)[1]} waiting:"]
-    stages = {stage: None for r in largest for stage in r.stages_us}
-    parts += [
-        table_of(
+    return "\n\n".join(parts) + "\n"
+
+
+def round_parts(rounds: Sequence[Round]) -> list[str]:
+    """Totals of every size, and the stages of the largest."""
+    heads = ("cluster", "residents", "waiting", "median", "p99", "CPU median")
+    totals = [
+        (r.cluster, r.residents, r.waiting, r.median_us, r.p99_us, r.cpu_median_us) for r in rounds
+    ]
+    most = max((r.residents, r.waiting) for r in rounds)
+    largest = [r for r in rounds if (r.residents, r.waiting) == most]
+    stages = dict.fromkeys(stage for r in largest for stage in r.stages_us)
+    return [
+        f"Microseconds; the budget is {BUDGET_US} at 1024 residents and 64 waiting.",
+        tables.table_of(heads, totals),
+        f"Its stages at {most[0]} residents, {most[1]} waiting:",
+        tables.table_of(
             ("stage", *(f"{r.cluster}{what}" for r in largest for what in ("", ", p99"))),
             [(stage, *(us for r in largest for us in r.stages_us[stage])) for stage in stages],
-        )
+        ),
     ]
-    parts += ["# Offline compiles", f"Milliseconds; the budget is {BUDGET_S * 1e3:.0f} at 10,000."]
+
+
+def decided_parts(decided: Sequence[Decided]) -> list[str]:
+    """What strategies take: a table for each cluster."""
+    heads = ("strategy", "residents", "waiting", "decide", "CPU", "whole round", "CPU")
+    parts = [
+        "# Strategies",
+        "Microseconds, medians: `decide`, and the round with it, from state to plans; half of the "
+        "requests were promised times.",
+    ]
+    for cluster in dict.fromkeys(one.cluster for one in decided):
+        of_cluster = [asdict(one) for one in decided if one.cluster == cluster]
+        rows = [[v for name, v in one.items() if name != "cluster"] for one in of_cluster]
+        parts += [f"On {cluster}:", tables.table_of(heads, rows)]
+    return parts
+
+
+def compile_parts(compiles: Sequence[Compile]) -> list[str]:
+    """Offline compiles: a table for each form of the file."""
+    parts = ["# Offline compiles", f"Milliseconds; the budget is {BUDGET_S * 1e3:.0f} at 10,000."]
     for form in dict.fromkeys(c.form for c in compiles):
         of_form = [c for c in compiles if c.form == form]
         heads = ("requests", "total", "us a request", *of_form[0].stages_s)
@@ -347,12 +416,8 @@ def report(where: dict[str, Any], rounds: Sequence[Round], compiles: Sequence[Co
             + [seconds * 1e3 for seconds in c.stages_s.values()]
             for c in of_form
         ]
-        parts += [f"From .{form}:", table_of(heads, rows)]
-    return "\n\n".join(part.rstrip("\n") for part in (*parts, vllm_line())) + "\n"
-
-
-def _largest(rounds: Sequence[Round]) -> tuple[int, int]:
-    return max((r.residents, r.waiting) for r in rounds)
+        parts += [f"From .{form}:", tables.table_of(heads, rows)]
+    return parts
 
 
 @functools.cache
@@ -379,17 +444,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         for w in waiting
         if r + w
     ]
+    repeats = args.rounds // 3 if not args.quick else 3
+    decided = [
+        measure_strategy(strategy, cluster, *size, repeats)
+        for cluster in DECIDED[0]
+        for size in (DECIDED[1] if not args.quick else DECIDED[1][:1])
+        for strategy in strategies.known()
+    ]
     compiles = [measure_compile(form, size, runs) for form in FILES for size in sizes]
-    text = report(machine(), rounds, compiles)
+    where = machine()
+    text = report(where, rounds, decided, compiles)
     print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
     answer = {
-        **machine(),
+        **where,
         "rounds": [asdict(one) for one in rounds],
+        "strategies": [asdict(one) for one in decided],
         "compiles": [asdict(one) for one in compiles],
     }
-    (args.out / "round.json").write_text(json.dumps(answer, indent=1))
-    (args.out / "round.md").write_text(text)
+    tables.write(args.out, "round", answer, text, {})
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ INSTANCE_SCALARS: Scalars = (
     Scalar("draft_layers", "layers of a draft model whose KV lies beside the model's", 0),
     Scalar("draft_tokens", "tokens a step drafts (speculative decoding)", 0),
     Scalar("dtype", "type it computes in; auto is the model's", "auto", choices=("auto", *DTYPES)),
+    Scalar("pool", "instances of one pool share devices and compute by turns", ""),
+    Scalar("switch_us", "time until an instance of a pool computes when its turn begins", 0),
 )
 
 

@@ -11,7 +11,7 @@ from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
-from sagec.dialects.columns import ColumnAttr
+from sagec.dialects.columns import ColumnAttr, quoted
 from sagec.dialects.pd import OverOp, TableOp, WaveType
 from sagec.dialects.rows import (
     Field,
@@ -31,6 +31,7 @@ MATCH_FIELDS: Fields = (
     Field(
         "tokens", Kind.INT, "leading tokens whose KV the prefix cache has", required=True, least=0
     ),
+    Field("on", Kind.SYMBOL, "instance that has it; none: any that it goes to", header=True),
 )
 RESERVE_FIELDS: Fields = (
     Field("on", Kind.SYMBOL, "instance that keeps the blocks free", required=True, header=True),
@@ -41,12 +42,27 @@ RESERVE_FIELDS: Fields = (
 @irdl_op_definition
 @declares_rows(MATCH_FIELDS)
 class MatchOp(OverOp):
-    """Leading tokens in the prefix cache: `%h = kv.match %w ["a": tokens 512] : !pd.wave<1>`"""
+    """Leading tokens that an instance has: `%h = kv.match %w on @p0 ["a": tokens 9] : !pd.wave<1>`
+
+    They are in the prefix cache of the instance, or are the request's own, which was swapped out
+    there. A request has a row for each instance that has some; `match-prefix` keeps the one of the
+    instance where it goes.
+    """
 
     name = "kv.match"
     FIELDS: ClassVar[Fields] = MATCH_FIELDS
     wave = operand_def(WaveType)
     matched = result_def(WaveType)
+
+    def _verify_names(self) -> None:
+        said: set[tuple[str, str]] = set()
+        for name, place in zip(self.names, self.words("on"), strict=True):
+            if (name, place) in said:
+                where = f" on {symbol(place)}" if place else ""
+                raise VerifyException(
+                    f"{self.name}: request {quoted(name)} is matched twice{where}; once a place"
+                )
+            said.add((name, place))
 
 
 @irdl_op_definition

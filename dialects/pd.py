@@ -198,6 +198,11 @@ PREEMPT_FIELDS: Fields = (
     Field("because", Kind.WORD, "the reason, for people"),
 )
 
+TURN_FIELDS: Fields = (
+    Field("steps", Kind.INT, "steps it may compute; 0: none", required=True, least=0),
+    Field("because", Kind.WORD, "why, for people"),
+)
+
 TRANSFER_FIELDS: Fields = (
     Field("source", Kind.SYMBOL, "instance the KV leaves", required=True, header=True),
     Field("target", Kind.SYMBOL, "instance it goes to", required=True, header=True),
@@ -222,13 +227,14 @@ STEP_FIELDS: Fields = (
 
 
 class TableOp(TextOp):
-    """An op whose table has the fields FIELDS and a row for each of `ids`."""
+    """An op whose table has the fields FIELDS and a row for each of `ids`, which names a ROWS."""
 
     FIELDS: ClassVar[Fields] = ()
+    ROWS: ClassVar[str] = "request"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The requests' ids, a row each."""
+        """The ids, a row each."""
         ids = self.properties.get("ids")
         return ids.data if isinstance(ids, NamesAttr) else ()
 
@@ -246,7 +252,11 @@ class TableOp(TextOp):
         if not isinstance(self.properties.get("ids"), NamesAttr):
             raise VerifyException(f"{self.name}: 'ids' must be a #pd.names, a name a row")
         verify_rows(self, self.FIELDS, self.names)
-        verify_unique(self, self.names)
+        self._verify_names()
+
+    def _verify_names(self) -> None:
+        """Raise where something is said twice."""
+        verify_unique(self, self.names, self.ROWS)
 
 
 def _print_types(printer: Printer, types: Sequence[Attribute]) -> None:
@@ -268,6 +278,7 @@ _GRAPH_SCALARS: Scalars = (
     Scalar("now", "the loop's clock, us", 0),
     Scalar("round", "number of the decision", 0),
     Scalar("horizon", "steps to plan; 0: all", 0),
+    Scalar("step_prompt_tokens", "most prompt tokens of a step; 0: as its instance takes", 0),
 )
 
 
@@ -306,7 +317,7 @@ class GraphOp(TextOp):
         return attr.data if isinstance(attr, StringAttr) else default
 
     def number(self, name: str) -> int:
-        """What the graph says of `now`, `round` or `horizon`; 0 where it does not."""
+        """What the graph says of a number, e.g. `now` or `horizon`; 0 where it does not."""
         attr = self.properties.get(name)
         return attr.value.data if isinstance(attr, IntegerAttr) else 0
 
@@ -505,9 +516,9 @@ class OverOp(TableOp):
     def verify_(self) -> None:
         super().verify_()
         operand = self.operands[0]
-        if len(self.names) > rows_of(operand):
+        if (named := len(set(self.names))) > rows_of(operand):
             raise VerifyException(
-                f"{self.name}: {len(self.names)} rows say something of {operand.type}; "
+                f"{self.name}: {named} rows say something of {operand.type}; "
                 f"there are {rows_of(operand)}"
             )
         given, derived = self.result_types, self._result_type(operand, self.properties)
@@ -575,6 +586,28 @@ class LeaveOp(TableOp):
         if (admitted := np.flatnonzero(verdicts == ADMIT)).size:
             name = quoted(self.names[int(admitted[0])])
             raise VerifyException(f"pd.leave: {name} is admitted; who leaves is {_LEAVES}")
+
+    def print_text(self, printer: Printer) -> None:
+        print_table(printer, self, self.FIELDS)
+
+    @classmethod
+    def parse_text(cls, parser: Parser) -> Self:
+        return cls.create(properties=parse_table(parser, cls.FIELDS))
+
+
+@irdl_op_definition
+@declares_rows(TURN_FIELDS)
+class TurnsOp(TableOp):
+    """Instances that compute by turns: `pd.turns ["a0": steps 40, "b0": steps 0 because "a0's"]`
+
+    A row names an instance. It computes no more steps than `steps`; with 0 it computes nothing, its
+    residents keep their KV, and nothing new is placed there unless the source says so. Instances
+    without a row compute as the horizon says.
+    """
+
+    name = "pd.turns"
+    FIELDS: ClassVar[Fields] = TURN_FIELDS
+    ROWS: ClassVar[str] = "instance"
 
     def print_text(self, printer: Printer) -> None:
         print_table(printer, self, self.FIELDS)
@@ -934,6 +967,20 @@ class StepsOp(TableOp):
             self.chunk_end.array,
         )
 
+    @classmethod
+    def none(cls, instance: str, max_step_tokens: int) -> Self:
+        """The steps of an instance that computes nothing."""
+        columns: dict[str, Attribute] = {name: ColumnAttr.of([]) for name in _CHUNK_COLUMNS}
+        return cls.create(
+            properties={
+                "instance": SymbolRefAttr(instance),
+                "num_steps": IntegerAttr(0, i64),
+                "max_step_tokens": IntegerAttr(max_step_tokens, i64),
+                "ids": NamesAttr(()),
+                **columns,
+            }
+        )
+
     def number(self, name: str) -> int:
         """`num_steps` or `max_step_tokens`."""
         attr = self.properties[name]
@@ -1110,6 +1157,7 @@ PD = Dialect(
         ResidentOp,
         DecideOp,
         LeaveOp,
+        TurnsOp,
         PreemptOp,
         TransferOp,
         PrefillOp,

@@ -176,12 +176,12 @@ def brief(attr: Attribute) -> str:
     return f"a #{attr.name}" if isinstance(attr, tuple(_ATTR.values())) else str(attr)[:60]
 
 
-def verify_unique(op: Operation, ids: Sequence[str]) -> None:
-    """Raise where a request is named twice."""
+def verify_unique(op: Operation, ids: Sequence[str], what: str = "request") -> None:
+    """Raise where two rows have one id; `what` says of what these are."""
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise VerifyException(f"{op.name}: request {quoted(twice)} is named twice; ids are unique")
+        raise VerifyException(f"{op.name}: {what} {quoted(twice)} is named twice; ids are unique")
 
 
 # Printing

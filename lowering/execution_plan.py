@@ -16,7 +16,7 @@ from xdsl.utils.target import Target
 
 from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, ListsAttr, NamesAttr, WordsAttr
-from sagec.dialects.scalars import int_attr, value_of
+from sagec.dialects.scalars import value_of
 from sagec.passes.errors import PassError
 from sagec.passes.flow import compact, graphs, ops_in, zeros
 from sagec.passes.topology import Instance, Topology, topology_of
@@ -46,24 +46,11 @@ def _graph_plans(graph: pd.GraphOp, topology: Topology) -> list[p.ExecutionPlan]
     for name in extras.instances():
         if name not in scheduled:
             instances.append(instance := topology.instance(name, graph))
-            steps.append(_no_steps(instance))
+            steps.append(pd.StepsOp.none(name, instance.max_step_tokens))
     return [
         _plan(graph, op, instance, extras, digest)
         for op, instance in zip(steps, instances, strict=True)
     ]
-
-
-def _no_steps(instance: Instance) -> pd.StepsOp:
-    """The steps of an instance that computes nothing: it only frees or moves KV."""
-    numbers = {"num_steps": 0, "max_step_tokens": instance.max_step_tokens}
-    columns = ("chunk_step", "chunk_row", "chunk_begin", "chunk_end")
-    properties: dict[str, Attribute] = {
-        "instance": SymbolRefAttr(instance.name),
-        "ids": NamesAttr(()),
-        **{name: int_attr(number) for name, number in numbers.items()},
-        **{name: ColumnAttr.of([]) for name in columns},
-    }
-    return pd.StepsOp.create(properties=properties)
 
 
 _WORK = {pd.PrefillOp, pd.DecodeOp}

@@ -42,6 +42,7 @@ def check_graph(graph: pd.GraphOp, topology: Topology) -> None:
     ops = ops_in(graph)
     steps = [op for op in ops if type(op) is pd.StepsOp]
     _check_requests(ops, steps, topology)
+    _check_swaps(ops, topology)
     for op in steps:
         instance = topology.instance(op.instance_name, op)
         _refuse(instance_faults(instance), instance.op)
@@ -208,6 +209,26 @@ def _check_requests(ops: list[Operation], steps: list[pd.StepsOp], topology: Top
             _refuse(_adapter_faults(op, abilities), op)
 
 
+def _check_swaps(ops: list[Operation], topology: Topology) -> None:
+    """Raise PassError where KV is to go to host memory, and an engine has no way there."""
+    for op in ops:
+        if type(op) is not pd.PreemptOp:
+            continue
+        swapped = np.flatnonzero(op.column("verdict") == pd.SWAP)
+        places = op.words("on") if swapped.size else []
+        for row in swapped.tolist():
+            instance = topology.instance(places[row], op)
+            ability = ability_of(instance.engine)
+            if ability is not None and not ability.swaps:
+                _refuse(
+                    (
+                        f"{_at(instance)} {quoted(op.names[row])} is to be swapped out, and "
+                        f"{ability.engine} takes no KV to host memory; preempt it instead",
+                    ),
+                    op,
+                )
+
+
 def _sample_faults(op: pd.RequestsOp, handed: bool, abilities: list[Ability]) -> Iterator[str]:
     if "samples" not in op.properties:
         return
@@ -240,6 +261,7 @@ def step_faults(instance: Instance, steps: pd.StepsOp) -> Iterator[str]:
     """What is wrong with the steps of an instance."""
     ability = ability_of(instance.engine)
     faults = [*_budget_faults(instance, steps), *_partial_faults(instance, steps, ability)]
+    faults += _reuse_faults(steps, ability)
     for rule in ability.rules if ability is not None else ():
         faults.extend(rule(instance, steps))
     for fault in faults:
@@ -292,6 +314,18 @@ def _partial_faults(
                 f"{instance.engine} takes {allowed}"
             )
     yield from _gap_faults(steps)
+
+
+def _reuse_faults(steps: pd.StepsOp, ability: Ability | None) -> Iterator[str]:
+    """Prompts that are to begin with KV that the engine has not kept."""
+    if ability is None or ability.caches_prefixes or ability.swaps:
+        return
+    cached = steps.column("cached")
+    for row in np.flatnonzero(cached)[:1].tolist():
+        yield (
+            f"{quoted(steps.names[row])} is to begin with {cached[row]} tokens that were computed "
+            f"before, and {ability.engine} keeps none; leave the match out"
+        )
 
 
 def _gap_faults(steps: pd.StepsOp) -> Iterator[str]:

@@ -21,7 +21,7 @@ from sagec.dialects.columns import (
 )
 from sagec.passes import flow
 from sagec.passes.errors import PassError
-from sagec.passes.retype import replace_value
+from sagec.passes.retype import erase_with_makers, replace_value
 
 _UNDECIDED = "the strategy did not decide"
 
@@ -68,7 +68,7 @@ def apply_decision(decide: pd.DecideOp) -> None:
         apply = _preempted if isinstance(source, pd.ResidentOp) else _admitted
         rest = apply(decide, source, rows)
     replace_value(decide.verdicts, rest)
-    _erase_chain(decide)
+    erase_with_makers(decide)
 
 
 _HINTS = {"prefill_on", "decode_on", "chunk"}
@@ -77,7 +77,7 @@ _HINTS = {"prefill_on", "decode_on", "chunk"}
 def _admits_all(decide: pd.DecideOp, source: pd.RequestsOp | pd.ResidentOp) -> bool:
     """Whether the wave is admitted just as it stands, which is how most rounds go."""
     said = decide.properties
-    if type(source) is not pd.RequestsOp or decide.decided.owner is not source:
+    if type(source) is not pd.RequestsOp:
         return False
     if decide.names != source.names or not _HINTS.isdisjoint(said):
         return False
@@ -102,16 +102,6 @@ def _source(value: SSAValue, decide: pd.DecideOp) -> pd.RequestsOp | pd.Resident
     raise PassError(f"pd.decide of what {name} gives; decide what pd.requests brings", decide)
 
 
-def _erase_chain(op: Operation) -> None:
-    """Erase `op`, and what only it needed."""
-    makers = [operand.owner for operand in op.operands]
-    op.detach()  # type: ignore[no-untyped-call]
-    op.erase()
-    for maker in makers:
-        if isinstance(maker, Operation) and all(r.first_use is None for r in maker.results):
-            _erase_chain(maker)
-
-
 # Waiting requests
 
 
@@ -126,13 +116,18 @@ def _admitted(decide: pd.DecideOp, source: pd.RequestsOp | pd.ResidentOp, rows: 
     admitted = _in_rank_order(decide, np.flatnonzero(verdicts == pd.ADMIT))
     _leave_behind(decide, source, rows, admitted)
     columns = _with_hints(_gathered(source, rows[admitted]), decide, admitted)
-    cached = flow.table(decide.decided).cached
-    if isinstance(decide.decided.owner, kv.MatchOp):
-        columns["cached"] = ColumnAttr.of(cached[rows[admitted]])
+    known = flow.table(decide.decided)
+    cached, matches = known.cached[rows[admitted]], known.matches[rows[admitted]]
+    if np.count_nonzero(cached):
+        columns["cached"] = ColumnAttr.of(cached)
     chosen = pd.RequestsOp.of(columns)
     _insert_before(chosen, decide)
     chosen.wave.name_hint = decide.verdicts.name_hint
-    return chosen.wave
+    if not np.count_nonzero(matches.tokens):
+        return chosen.wave
+    match = kv.MatchOp.over(chosen.wave, flow.match_columns(chosen.names, matches))
+    _insert_before(match, decide)
+    return match.matched
 
 
 def _in_rank_order(decide: pd.DecideOp, admitted: Ints) -> Ints:

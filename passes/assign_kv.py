@@ -81,7 +81,7 @@ def _victims(work: Work) -> Ints:
     if work.blocks.sum() <= work.instance.kv_blocks:
         return flow.zeros(0)
     held = np.flatnonzero(~work.awaited & (work.held >= work.prompt))
-    started = np.flatnonzero((work.held > 0) & (work.held < work.prompt))
+    started = np.flatnonzero((work.held > work.cached) & (work.held < work.prompt))
     room = work.instance.kv_blocks - int(work.blocks[started].sum())
     kept = int(np.searchsorted(np.cumsum(work.blocks[held]), room, side="right"))
     return held[kept:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Attribute, Block, Operation, OpResult, SSAValue
 
 from sagec.dialects import kv, pd
-from sagec.dialects.columns import ColumnAttr, Ints, WordsAttr
+from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
 from sagec.passes.errors import PassError
 
 Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -25,19 +26,40 @@ NOWHERE = ""
 """Place of a row that no instance was chosen for yet."""
 
 
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Leading tokens that single instances have: `tokens` is [rows, instances], named by `on`."""
+
+    on: tuple[str, ...]
+    tokens: Ints
+
+    def __getitem__(self, rows: Ints | slice) -> Matches:
+        """Those of these rows."""
+        return Matches(self.on, self.tokens[rows])
+
+    def of(self, instance: str) -> Ints:
+        """What an instance has of each row."""
+        if instance not in self.on:
+            return zeros(len(self.tokens))
+        column: Ints = self.tokens[:, self.on.index(instance)]
+        return column
+
+
 class Table:
     """The requests of a value; a column is made when somebody asks for it, and then kept.
 
     prompt: tokens to compute before the first is sampled; of a resident, its context. computed,
-    cached: how many of those have KV on their instance, or in its prefix cache. generate: tokens
-    still to sample, or UNBOUNDED. resident: rows that decode already; arriving: those of them
-    whose KV is still on its way. place: the instance that
-    holds the KV, or will compute it; decode_place: the one that decodes, where it was said.
+    cached: how many of those have KV on their instance, or are to be reused; matches: how many
+    single instances have, while it is open where the row goes. generate: tokens still to sample,
+    or UNBOUNDED. resident: rows that decode already; arriving: those of them whose KV is still on
+    its way. place: the instance that holds the KV, or will compute it; decode_place: the one that
+    decodes, where it was said.
     """
 
     prompt: Ints
     computed: Ints
     cached: Ints
+    matches: Matches
     generate: Ints
     deadline: Ints
     chunk: Ints
@@ -128,6 +150,12 @@ def flags(value: bool, rows: int) -> Bools:
 
 
 @functools.lru_cache(64)
+def unmatched(rows: int) -> Matches:
+    """Rows of which no single instance has anything."""
+    return Matches((), np.zeros((rows, 0), np.int64))
+
+
+@functools.lru_cache(64)
 def nowhere(rows: int) -> WordsAttr:
     """A column of rows that have no place."""
     return WordsAttr.same(NOWHERE, rows)
@@ -180,6 +208,8 @@ def joined(tables: list[Table]) -> Table:
 
     def make(name: str) -> Any:
         columns = [getattr(t, name) for t in tables]
+        if name == "matches":
+            return _joined_matches(columns)
         if columns and type(columns[0]) is WordsAttr:
             return joined_words(columns)
         if all(column is zeros(len(column)) for column in columns):
@@ -193,7 +223,26 @@ _EMPTY = Table((), lambda name: _NO_COLUMNS.get(name, zeros(0)))
 _NO_COLUMNS: dict[str, Any] = {
     **dict.fromkeys(("resident", "arriving"), flags(False, 0)),
     **dict.fromkeys(("place", "decode_place", "model"), WordsAttr.of((), zeros(0))),
+    "matches": unmatched(0),
 }
+
+
+def match_columns(names: tuple[str, ...], matches: Matches) -> dict[str, Attribute]:
+    """The columns of a kv.match that says this of the rows of these names."""
+    rows, places = matches.tokens.nonzero()
+    return {
+        "ids": NamesAttr(chosen(names, rows)),
+        "tokens": ColumnAttr.of(matches.tokens[rows, places]),
+        "on": compact(matches.on, places),
+    }
+
+
+def _joined_matches(columns: list[Matches]) -> Matches:
+    on = tuple(dict.fromkeys(word for column in columns for word in column.on))
+    if not on:
+        return unmatched(sum(len(column.tokens) for column in columns))
+    parts = [np.stack([column.of(word) for word in on], axis=1) for column in columns]
+    return Matches(on, np.concatenate(parts))
 
 
 def joined_words(columns: list[WordsAttr]) -> WordsAttr:
@@ -271,6 +320,7 @@ _REQUEST_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "prompt": ("prompt", zeros),
     "computed": ("computed", zeros),
     "cached": ("cached", zeros),
+    "matches": ("", unmatched),
     "generate": ("generate", _unbounded),
     "deadline": ("deadline", zeros),
     "chunk": ("chunk", zeros),
@@ -284,6 +334,7 @@ _RESIDENT_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "prompt": ("context", zeros),
     "computed": ("context", zeros),
     "cached": ("", zeros),
+    "matches": ("", unmatched),
     "generate": ("remaining", _unbounded),
     "deadline": ("deadline", zeros),
     "chunk": ("", zeros),
@@ -309,11 +360,29 @@ def _resident(op: pd.ResidentOp, _: list[Table]) -> Table:
 
 
 def _matched(op: kv.MatchOp, before: list[Table]) -> Table:
-    requests = before[0]
-    cached = requests.cached.copy()
-    cached[rows_named(requests, op)] = op.column("tokens")
+    requests, on = before[0], op.properties.get("on")
+    rows, tokens = rows_named(requests, op), op.column("tokens")
     most = requests.prompt - requests.computed - 1
+    if isinstance(on, WordsAttr):
+        somewhere = np.array([bool(word) for word in on.words], np.bool_)[on.codes]
+        named, anywhere = np.flatnonzero(somewhere), np.flatnonzero(~somewhere)
+        here = rows[named], on.take(named), np.minimum(tokens, most[rows])[named]
+        requests = requests.but(matches=_with_matches(requests.matches, *here))
+        rows, tokens = rows[anywhere], tokens[anywhere]
+    cached = requests.cached.copy()
+    cached[rows] = tokens
     return requests.but(cached=np.minimum(cached, most))
+
+
+def _with_matches(matches: Matches, rows: Ints, on: WordsAttr, tokens: Ints) -> Matches:
+    """The matches, and what instances have of these rows."""
+    words = tuple(dict.fromkeys((*matches.on, *filter(None, on.words))))
+    table = np.zeros((len(matches.tokens), len(words)), np.int64)
+    table[:, : len(matches.on)] = matches.tokens
+    column_of = {word: column for column, word in enumerate(words)}
+    columns = np.array([column_of.get(word, 0) for word in on.words], np.int64)
+    table[rows, columns[on.codes]] = tokens
+    return Matches(words, table)
 
 
 def _prefilled(op: pd.PrefillOp, before: list[Table]) -> Table:

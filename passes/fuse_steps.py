@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
-from xdsl.ir import Attribute, Operation, SSAValue
+from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
@@ -34,7 +35,11 @@ class FuseStepsPass(ModulePass):
     are under way; then waiting ones, in rank order, each only when all its blocks are free. What is
     left of the budget cuts the last chunk. mode=hybrid puts both into one step; mode=time-share
     alternates one step of prompts with `turn` steps of decodes; mode=strict lets an instance do one
-    phase only. Without mode, the graph's own counts.
+    phase only. Without mode, the graph's own counts. A graph's step_prompt_tokens bounds the prompt
+    tokens of each step further.
+
+    An instance with a turn of n steps (`pd.turns`) gets n at most. With a turn of none it gets a
+    pd.steps of nothing, so that it stops: its rows keep their KV and wait.
     """
 
     name = "fuse-steps"
@@ -47,7 +52,8 @@ class FuseStepsPass(ModulePass):
         topology = topology_of(op)
         for graph in flow.graphs(op):
             mode = self.mode or graph.text("mode", "hybrid")
-            fuse(graph, topology, Order(mode, self.turn, graph.number("horizon")))
+            horizon, most = graph.number("horizon"), graph.number("step_prompt_tokens")
+            fuse(graph, topology, Order(mode, self.turn, horizon, most))
 
 
 def fuse(graph: pd.GraphOp, topology: Topology, order: Order) -> None:
@@ -65,15 +71,27 @@ def fuse(graph: pd.GraphOp, topology: Topology, order: Order) -> None:
                 reserved[on.words[on.codes[0]]] = op  # type: ignore[assignment]
         elif kind in _COMPUTING:
             scheduled += _scheduled(op)
-    works = sorted(work_of(graph, topology), key=lambda w: w.num_prefills == 0)
-    blocks = [_blocks(work, reserved.get(work.instance.name)) for work in works]
     last = block.last_op
     assert last is not None
+    works = _computing(work_of(graph, topology), block, last)
+    blocks = [_blocks(work, reserved.get(work.instance.name)) for work in works]
     for one in packed(works, blocks, order):
         name = one.work.instance.name
         operands = [value for on, value in scheduled if name in on.words]
         steps = pd.StepsOp.create(operands=operands, properties=_properties(one))
         block.insert_op_before(steps, last)
+
+
+def _computing(works: Iterable[Work], block: Block, last: Operation) -> list[Work]:
+    """The works that may compute, those that prefill first; the others get steps of nothing."""
+    computing = []
+    for work in works:
+        if work.turn_steps != 0:
+            computing.append(work)
+        else:
+            name, budget = work.instance.name, work.instance.max_step_tokens
+            block.insert_op_before(pd.StepsOp.none(name, budget), last)
+    return sorted(computing, key=lambda work: work.num_prefills == 0)
 
 
 def _blocks(work: Work, reserve: kv.ReserveOp | None) -> Ints:

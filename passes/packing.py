@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import numpy as np
@@ -32,17 +32,23 @@ class Order:
     """How steps are to be packed.
 
     mode: see `FuseStepsPass`. turn: steps of decodes after one of prompts, in time-share mode.
-    horizon: how many steps; 0: until all is done.
+    horizon: how many steps; 0: until all is done. prompt_tokens: most of a step; 0: as many as the
+    instance takes.
     """
 
     mode: str
     turn: int
     horizon: int
+    prompt_tokens: int = 0
 
     @property
     def limit(self) -> int:
         """The most steps."""
         return self.horizon or _NO_HORIZON
+
+    def budget(self, left: int) -> int:
+        """Prompt tokens of a step in which an instance has `left` tokens for them."""
+        return min(left, self.prompt_tokens or left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +79,7 @@ def packed(works: Sequence[Work], blocks: Sequence[Ints], order: Order) -> list[
     """The steps of all instances; those that prefill come first, for the others await their KV.
 
     blocks: reserved for each row of each work. Two instances may await each other's: what was
-    packed too early to know when KV comes is packed once more.
+    packed too early to know when KV comes is packed once more. Each has a turn of some steps.
     """
     finished: Finished = {}
     found = [pack(work, b, order, finished) for work, b in zip(works, blocks, strict=True)]
@@ -91,6 +97,8 @@ def _missed_some(packed: Packed, finished: Finished) -> bool:
 
 def pack(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed:
     """The steps of one instance; what it prefills is added to `finished`."""
+    if work.turn_steps is not None:
+        order = replace(order, horizon=min(order.limit, work.turn_steps))
     answer = None
     if not work.num_prefills:
         answer = decodes_only(work, blocks, order, finished)
@@ -139,7 +147,8 @@ def line(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed |
     Prompts one behind the other make a line of tokens, which the budget cuts into steps. None
     where that is not all.
     """
-    instance, budget, rows = work.instance, work.instance.max_step_tokens, len(work.names)
+    instance, rows = work.instance, len(work.names)
+    budget = order.budget(instance.max_step_tokens)
     bounded = len(work.bounds.values) != 2 * rows or instance.max_partial_prefills
     if bounded or np.count_nonzero(work.decodes) or blocks.sum() > instance.kv_blocks:
         return None
@@ -483,6 +492,7 @@ class Packer:
         instance = self.work.instance
         budget = instance.max_step_tokens - decoding
         budget -= min(self.reserve, instance.max_step_tokens // 2)
+        budget = self.order.budget(budget)
         # Whose prompt ends decodes from the next step on, beside all that decode now.
         seats = self.seats - self.active
         partial = instance.max_partial_prefills or seats

@@ -88,9 +88,13 @@ class Sites:
 
 
 @functools.lru_cache(maxsize=16)
-def sites_of(topology: Topology, matching: bool = True) -> Sites:
-    """The sites of a cluster; `matching`: only hops between caches of the same shape."""
-    prefills = [one for one in topology.instances if one.runs("prefill")]
+def sites_of(topology: Topology, matching: bool = True, returning: tuple[int, ...] = ()) -> Sites:
+    """The sites of a cluster; `matching`: only hops between caches of the same shape.
+
+    returning: instances, by number, that also take rows of whose prompts only the last token is to
+    be computed, whatever their role.
+    """
+    prefills = [one for one in topology.instances if one.runs("prefill") or one.index in returning]
     decodes = [one for one in topology.instances if one.runs("decode")]
     costs = tuple(dict.fromkeys(one.cost for one in topology.instances))
     links: dict[tuple[int, bool], int] = {}
@@ -210,16 +214,24 @@ class Problem:
 def problem_of(
     sites: Sites, begin: Ints, end: Ints, decodes: Ints, load_us: Floats, kv_load_us: Floats
 ) -> Problem:
-    """The problem of rows that prefill the tokens [begin, end) and then decode some, anywhere."""
+    """The problem of rows that prefill the tokens [begin, end) and then decode some, anywhere.
+
+    begin: [rows], or [P, rows] where it is not the same at all sites.
+    """
     context = end + decodes / 2
-    prefill = np.array([cost.prefill_us(begin, end) for cost in sites.costs])
     each: Floats = np.array([cost.decode_us(context) for cost in sites.costs])
     stay = (sites.alone_us[:, None] + each) * (context * decodes)
     here = sites.cost_of[sites.prefill_at]
     there = sites.cost_of[sites.decode_at[:-1]]
+    if begin.ndim == 1:
+        prefill = np.array([cost.prefill_us(begin, end) for cost in sites.costs])[here]
+    else:
+        each_begin = zip(here.tolist(), begin, strict=True)
+        prefill = np.array([sites.costs[cost].prefill_us(b, end) for cost, b in each_begin])
+        prefill = prefill.reshape(begin.shape)
     return Problem(
         sites=sites,
-        prefill_us=prefill[here].T,
+        prefill_us=prefill.T,
         decode_us=np.multiply(each, decodes, dtype=np.float64)[there].T,
         kv_us=stay[there].T / sites.capacity_tokens[sites.decode_at[:-1]],
         moved_tokens=end.astype(np.float64),

@@ -1,8 +1,8 @@
-"""Keep the types of a graph true when the number of a value's rows changes."""
+"""Keep a graph true when a value is replaced: the types of its rows, and no op left over."""
 
 from __future__ import annotations
 
-from xdsl.ir import Attribute, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue
 from xdsl.rewriter import Rewriter
 
 from sagec.dialects import kv, pd
@@ -14,6 +14,16 @@ def replace_value(old: SSAValue, new: SSAValue) -> None:
     old.replace_all_uses_with(new)
     if old.type != new.type:
         carry_rows(new)
+
+
+def erase_with_makers(op: Operation) -> None:
+    """Erase `op`, and what only it needed."""
+    makers = [operand.owner for operand in op.operands]
+    op.detach()  # type: ignore[no-untyped-call]
+    op.erase()
+    for maker in makers:
+        if isinstance(maker, Operation) and all(r.first_use is None for r in maker.results):
+            erase_with_makers(maker)
 
 
 def carry_rows(value: SSAValue) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from sagec.passes.flow import NOWHERE, Bools
 from sagec.passes.placement import Assignment, Problem, Sites
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Model, Topology, topology_of
+from sagec.passes.turns import turns_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class SelectDevicePass(ModulePass):
     What has a place keeps it, and residents stay. method=greedy takes the rows in rank order;
     improve=true betters its answer by moves and swaps. method=solve asks HiGHS, within
     time_limit_s and gap, and notes on the graph what it reached. Both minimise the makespan, see
-    `placement`. Refuses rows that fit nowhere, ask for a model that nothing runs, or would have
+    `placement`. An instance whose turn has no steps (`pd.turns`) gets only rows that say so, or
+    have no other. Refuses rows that fit nowhere, ask for a model that nothing runs, or would have
     to decode where no path leads.
     """
 
@@ -242,10 +244,13 @@ class _Candidates:
 
     def __init__(self, graph: pd.GraphOp, rows: _Rows, topology: Topology) -> None:
         self.graph, self.rows, self.topology = graph, rows, topology
+        turns = turns_of(flow.ops_of(graph, pd.TurnsOp), topology)
+        self.paused = [name for name, steps in turns.items() if not steps]
         self.at = rows.prefills[0] if rows.prefills else graph
         self.need = np.where(rows.table.generate >= pd.UNBOUNDED, 0, rows.table.generate)
         self.need = rows.table.prompt + self.need
         self.models = [self._model(code) for code in range(len(rows.table.model.words))]
+        self.returning = self._returning()
         if graph.text("mode", "hybrid") == "strict":
             self._refuse_shared()
         for op, parts in rows.parts.items():
@@ -257,7 +262,7 @@ class _Candidates:
         """The instances of all rows where there is no choice, which is cheap to see."""
         rows, instances = self.rows, self.topology.instances
         nothing_said = rows.on.words == rows.decode_on.words == (NOWHERE,)
-        if not nothing_said or len(self.models) != 1 or not len(rows):
+        if not nothing_said or self.returning or len(self.models) != 1 or not len(rows):
             return None
         prefills = [i for i in instances if i.runs("prefill") and i.model is self.models[0]]
         decodes = [i for i in instances if i.runs("decode") and i.model is self.models[0]]
@@ -274,10 +279,16 @@ class _Candidates:
 
         Raises PassError for the first that can be nowhere.
         """
-        problem = self._problem(placement.sites_of(self.topology))
+        returning = tuple(self.returning)
+        sites = placement.sites_of(self.topology, returning=returning)
+        if self.paused:
+            problem = self._problem(sites, self.paused)
+            if problem.stuck_row() is None:
+                return problem
+        problem = self._problem(sites)
         if problem.stuck_row() is None:
             return problem
-        problem = self._problem(placement.sites_of(self.topology, matching=False))
+        problem = self._problem(placement.sites_of(self.topology, False, returning))
         if (stuck := problem.stuck_row()) is None:
             return problem
         raise self._refusal(stuck)
@@ -289,16 +300,23 @@ class _Candidates:
         there = np.array(sites.decode_at, np.int64)[found.decode]
         return WordsAttr.of(names, here), WordsAttr.of(names, there)
 
-    def _problem(self, sites: Sites) -> Problem:
+    def _problem(self, sites: Sites, avoid: Collection[str] = ()) -> Problem:
         table, decoded = self.rows.table, self.rows.decoded
         decodes = np.where(decoded, decode_tokens(table, 0), 0)
-        begin = table.computed + table.cached
+        begin, matches = table.computed + table.cached, table.matches
+        if matches.on:
+            names = [self.topology.instances[index].name for index in sites.prefill_at]
+            there = np.array([matches.of(name) for name in names]).reshape(len(names), len(table))
+            begin = np.maximum(begin, table.computed + there)
         loads = self._loads(sites)
         problem = placement.problem_of(sites, begin, table.prompt, decodes, *loads)
         may_prefill = self._mask(sites, sites.prefill_at, "prefill", self.rows.on, table.prompt)
         may_decode = self._mask(
             sites, sites.decode_at[:-1], "decode", self.rows.decode_on, self.need
         )
+        if avoid:
+            may_prefill = self._elsewhere(may_prefill, sites.prefill_at, avoid)
+            may_decode = self._elsewhere(may_decode, sites.decode_at[:-1], avoid)
         return problem.where(may_prefill, may_decode, decoded)
 
     def _loads(self, sites: Sites) -> tuple[placement.Floats, placement.Floats]:
@@ -335,7 +353,30 @@ class _Candidates:
                 [word in (NOWHERE, instance.name) for instance in instances] for word in on.words
             ]
             may &= np.array(said, np.bool_)[on.codes]
+        if phase == "prefill":
+            for index, whole in self.returning.items():
+                may[:, at.index(index)] &= whole
         return may
+
+    def _elsewhere(self, may: Bools, at: Sequence[int], avoid: Collection[str]) -> Bools:
+        """[rows, sites]: without the sites to avoid, for each row that has others."""
+        others = may & [self.topology.instances[index].name not in avoid for index in at]
+        return np.where(others.any(axis=1, keepdims=True), others, may)
+
+    def _returning(self) -> dict[int, Bools]:
+        """Instances that do not prefill, by number, and which rows go on there all the same: those
+        of whose prompt the instance has all but the last token, for that one is like a decode."""
+        table, on, found = self.rows.table, self.rows.on, {}
+        for name in dict.fromkeys((*table.matches.on, *filter(None, on.words))):
+            instance = self.topology.instance(name, self.at)
+            if instance.runs("prefill"):
+                continue
+            said = on.codes == (on.words.index(name) if name in on.words else len(on.words))
+            there = np.maximum(np.where(said, table.cached, 0), table.matches.of(name))
+            whole = (there > 0) & (there == table.prompt - table.computed - 1)
+            if whole.any():
+                found[instance.index] = whole
+        return found
 
     # What is refused
 
@@ -376,8 +417,11 @@ class _Candidates:
             if word == NOWHERE or not (words.codes == code).any():
                 continue
             instance = self.topology.instance(word, op)
-            if phase and not instance.runs(phase):
-                row = np.flatnonzero(words.codes == code)[0]
+            wrong = words.codes == code
+            if phase == "prefill" and instance.index in self.returning:
+                wrong &= ~self.returning[instance.index]
+            if phase and not instance.runs(phase) and wrong.any():
+                row = np.flatnonzero(wrong)[0]
                 able = ", ".join(symbol(i.name) for i in self.topology.instances if i.runs(phase))
                 raise PassError(
                     f"{quoted(self.rows.table.names[row])} is to {phase} on {symbol(word)}, whose "

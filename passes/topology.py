@@ -103,6 +103,8 @@ class Instance:
     draft_layers: int
     draft_tokens: int
     dtype: str
+    pool: str
+    switch_us: int
     op: Operation
 
     def runs(self, phase: str) -> bool:

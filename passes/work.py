@@ -17,6 +17,7 @@ from sagec.passes.flow import Bools
 from sagec.passes.recent import recent
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Topology
+from sagec.passes.turns import NO_TURNS, Turns, turns_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class Work:
     decode here within the horizon; 0 where the row decodes elsewhere. generate: tokens to decode
     at all. bounds: the chunks of each prefilled row. source, target: the instance its
     KV comes from, or goes to after its prefill. transfer_us: how long that takes. awaited: rows
-    whose KV is not here yet and is not computed here.
+    whose KV is not here yet and is not computed here. turn_steps: the most steps it may compute,
+    see `pd.turns`; None: no bound.
     """
 
     instance: Instance
@@ -45,6 +47,7 @@ class Work:
     target: WordsAttr
     transfer_us: Ints
     awaited: Bools
+    turn_steps: int | None = None
 
     @functools.cached_property
     def blocks(self) -> Ints:
@@ -94,6 +97,7 @@ def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
     prefills: dict[pd.PrefillOp, flow.Table] = {}
     decodes: dict[pd.DecodeOp, flow.Table] = {}
     transfers: list[pd.TransferOp] = []
+    turns: list[pd.TurnsOp] = []
     for op in flow.ops_in(graph):
         kind = type(op)
         if kind is pd.PrefillOp:
@@ -102,14 +106,31 @@ def work_of(graph: pd.GraphOp, topology: Topology) -> tuple[Work, ...]:
             decodes[op] = flow.table(op._operands[0])  # type: ignore[index]
         elif kind is pd.TransferOp:
             transfers.append(op)  # type: ignore[arg-type]
+        elif kind is pd.TurnsOp:
+            turns.append(op)  # type: ignore[arg-type]
     key: list[object] = [topology, graph.number("horizon"), *prefills.values(), *decodes.values()]
-    for op in (*prefills, *decodes, *transfers):
+    for op in (*prefills, *decodes, *transfers, *turns):
         key.extend((op, *op.properties.values()))
     return recent(
         graph,
         "_work",
         tuple(key),
-        lambda: _work(graph.number("horizon"), prefills, decodes, transfers, topology),
+        lambda: _in_turn(
+            _work(graph.number("horizon"), prefills, decodes, transfers, topology),
+            turns_of(turns, topology) if turns else NO_TURNS,
+        ),
+    )
+
+
+def _in_turn(works: tuple[Work, ...], turns: Turns) -> tuple[Work, ...]:
+    """The same work, of which instances decode no more than their turns allow."""
+    if not turns:
+        return works
+    return tuple(
+        work
+        if (steps := turns.get(work.instance.name)) is None
+        else dataclasses.replace(work, turn_steps=steps, decodes=np.minimum(work.decodes, steps))
+        for work in works
     )
 
 
@@ -238,6 +259,8 @@ class _Splitter:
             awaited[len(pre) :] = ~others.resident | others.arriving
         source, us = self._arrivals(rows, awaited.nonzero()[0])
         cached = rows.cached
+        if only.size and np.count_nonzero(cached):
+            cached = np.where(np.arange(len(rows)) < len(pre), cached, 0)
         return Work(
             instance=instance,
             names=rows.names,

@@ -158,11 +158,12 @@ class PlanCursor(Generic[ResidentT]):
                 self._stalled.add(id)
             elif not self._has_room(residents, row, end):
                 self._stalled.add(id)  # its later chunks are no gap; a newer plan goes on with it
-            elif earlier:
-                earlier.end = end
             else:
                 self.missed_tokens += missed
-                picks[id] = Pick(row, computed, end, row.decodes)
+                if earlier:
+                    earlier.end = end
+                else:
+                    picks[id] = Pick(row, computed, end, row.decodes)
 
     def _pick_decodes(
         self, step: int, residents: Residents[ResidentT], picks: dict[str, Pick[ResidentT]]

@@ -1,21 +1,24 @@
-"""ExecutorAPI: plans, events and KV between a loop and real engines, in this process or others."""
+"""ExecutorAPI: plans, events and KV between a loop and real engines, in this process or others.
+
+`serve` is a generator: it does something only while somebody asks for the next output. A consumer
+that stops asking stops the service: engines in processes of their own finish the plan that they
+have, at most a horizon of steps, and then wait; nothing is computed ahead of that, and of what they
+say no more is kept than their sockets hold.
+"""
 
 import select
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from sagec.runtime import comm
-from sagec.runtime.clock import Clock, VirtualClock, WallClock
-from sagec.runtime.engines import Engine, EngineError, Event, Failed, KVHandle, PlanDone, StepReport
+from sagec.runtime.clock import Clock, SteadyClock, VirtualClock, WallClock
+from sagec.runtime.engines import Engine, EngineError, Event, Failed, KVHandle
+from sagec.runtime.intake import Intake
 from sagec.runtime.loop import (
     Action,
-    Arrived,
     Cancel,
-    CancelRequested,
-    Closed,
     Deliver,
     Discard,
     Finished,
@@ -27,39 +30,45 @@ from sagec.runtime.loop import (
     Planned,
     Planner,
     Refused,
+    Retried,
     Submit,
     Token,
     Wait,
+    nothing_after,
 )
 from sagec.runtime.plan import ExecutionPlan, PlanError, check
 from sagec.runtime.request import Request
 from sagec.runtime.state import Decision, State
+from sagec.runtime.status import (
+    InstanceStatus,
+    PlanStatus,
+    RequestPhase,
+    RequestStatus,
+    StatusBoard,
+)
 from sagec.runtime.strategies import Strategy
+from sagec.runtime.supervisor import Supervisor
 
 POLL_S = 0.001
 """How long to wait for an engine of this process that has a plan but nothing to say."""
 
+IDLE_US = 1_000_000
+"""How long to wait for word from anybody before looking whether somebody hangs."""
 
-MAX_RESTARTS = 3
-"""After these an instance that keeps failing is left alone."""
+STALL_S = 300.0
+"""How long a process with a plan may say nothing before it counts as hung."""
 
 
 class ExecutorError(RuntimeError):
     """A call that no engine can answer; says what there is."""
 
 
-class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance now: error is "" while it lives, plan_id None while no plan is at work."""
-
-    instance: str
-    plan_id: str | None = None
-    steps: int = 0
-    kv_blocks_used: int = 0
-    error: str = ""
-
-
 class ExecutorAPI:
-    """Stands over engine instances: gives them plans, hears them all, moves KV between them."""
+    """Stands over engine instances: gives them plans, hears them all, moves KV between them.
+
+    While `serve` runs in one thread, any other may `submit`, `cancel`, `close_intake` and ask for
+    a status; all else is for the thread that serves.
+    """
 
     def __init__(
         self,
@@ -68,12 +77,20 @@ class ExecutorAPI:
         clock: Clock | None = None,
         watch: Sequence[Callable[[Input | Action], None]] = (),
         restart: Callable[[str], Engine] | None = None,
+        *,
+        max_attempts: int = 3,
+        max_waiting: int | None = None,
+        max_waiting_tokens: int | None = None,
+        stall_s: float | None = STALL_S,
     ) -> None:
         """engines: by instance id. instances: their roles; without, each does everything.
 
         watch: each hears all that the loop hears and says, in order, e.g. `Timeline.hear`.
-        restart: makes a new engine for an instance that failed while serving, at most MAX_RESTARTS
-        times each; without, it stays dead.
+        restart: makes a new engine for an instance that failed while serving, see `Supervisor`;
+        without, it stays dead. max_attempts: how often a request is started over after failures.
+        max_waiting, max_waiting_tokens: beyond these requests are refused, None: never. stall_s: a
+        process that has a plan and says nothing for so long, and for ten times its longest step,
+        is killed; None: never.
         """
         self.engines = dict(engines)
         self.clock = clock or WallClock()
@@ -81,10 +98,13 @@ class ExecutorAPI:
             Instance(id=name, role="both", engine=type(e).__name__, capability=e.capability())
             for name, e in self.engines.items()
         )
-        self._watch, self._restart = tuple(watch), restart
-        self._restarts = dict.fromkeys(self.engines, 0)
-        self._status = {name: InstanceStatus(instance=name) for name in self.engines}
-        self._inbox: list[Input] = []
+        self._watch, self._max_attempts = list(watch), max_attempts
+        self._time = SteadyClock(self.clock)
+        self._board = StatusBoard(self.engines)
+        self._intake = Intake(max_waiting, max_waiting_tokens)
+        self._supervisor = Supervisor(self.engines, restart, stall_s)
+        self._orphaned: list[int] = []  # pids of dead engines whose KV is still to be freed
+        self._loop: Loop | None = None
         self._serving = False
         if unknown := {i.id for i in self.instances} - self.engines.keys():
             raise ExecutorError(f"no engine for instance {min(unknown)!r}; {self._known()}")
@@ -94,6 +114,12 @@ class ExecutorAPI:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def watch(self, watcher: Callable[[Input | Action], None]) -> None:
+        """From now on this one, too, hears all that the loop hears and says."""
+        self._watch.append(watcher)
+
+    # Plans and requests by hand.
 
     def submit_plan(self, plan: ExecutionPlan, requests: Sequence[Request] = ()) -> None:
         """Give an instance a plan, and the requests in it that it has not seen.
@@ -105,78 +131,123 @@ class ExecutorAPI:
         status = self.status(plan.target_instance_id)
         if status.error:
             raise ExecutorError(f"instance {status.instance!r} has failed: {status.error}")
-        self._update(status.instance, plan_id=plan.plan_id)
-        self.engines[status.instance].submit(plan, requests)
-
-    def cancel(self, request_id: str) -> None:
-        """Stop a request, wherever it is; its blocks are freed at the next step boundary."""
-        if self._serving:
-            self._inbox.append(CancelRequested(request_id))
-            return
-        for name in self._live():
-            self.engines[name].cancel(request_id)
-
-    def status(self, instance: str) -> InstanceStatus:
-        """What an instance is at. Raises ExecutorError where there is none of this name."""
-        if instance not in self._status:
-            raise ExecutorError(f"no instance {instance!r}; {self._known()}")
-        return self._status[instance]
+        self._give(plan, requests)
 
     def deliver(self, handle: KVHandle) -> None:
         """Tell the target of a hand-over that its KV waits."""
         self.engines[self.status(handle.target).instance].receive(handle)
 
+    def cancel(self, request_id: str) -> None:
+        """Stop a request, wherever it is; its blocks are freed at the next step boundary.
+
+        Under `serve` it then ends as cancelled, also one that is still to come; a request that has
+        ended, or that nobody knows, is no error.
+        """
+        if self._loop is not None:
+            self._intake.cancel(request_id)
+            return
+        for name in self._board.live():
+            self.engines[name].cancel(request_id)
+
+    def cancel_plan(self, plan_id: str) -> None:
+        """Stop a plan at the next step boundary; its requests stay where they are.
+
+        Under `serve` the next round plans them again. A plan that has ended is no error. Raises
+        ExecutorError for one that was never given to an instance.
+        """
+        status = self.status_of_plan(plan_id)
+        if self._loop is not None:
+            self._intake.cancel_plan(plan_id)
+        elif not status.ended:
+            self._give(nothing_after(plan_id, status.instance), ())
+
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
         """What happened on all instances since; waits up to timeout_s for something to."""
-        local = [name for name in self._live() if not hasattr(self.engines[name], "fileno")]
-        remote = [name for name in self._live() if hasattr(self.engines[name], "fileno")]
-        events = [event for name in local for event in self._hear(name, 0.0)]
-        busy = any(self._status[name].plan_id is not None for name in local)
-        if busy and not isinstance(self.clock, VirtualClock):
-            timeout_s = min(timeout_s, POLL_S)
+        names = self._board.live() + self._supervisor.coming()
+        sockets = {fd: name for name in names if (fd := self._fileno(name)) is not None}
+        local = [name for name in names if name not in sockets.values()]
+        events = [event for name in local for event in self._hear(name)]
         wait_s = 0.0 if events or isinstance(self.clock, VirtualClock) else max(0.0, timeout_s)
-        if remote or wait_s:
-            sockets = {self._fileno(name): name for name in remote}
-            unsent = [
-                fd for fd, name in sockets.items() if getattr(self.engines[name], "unsent", 0)
-            ]
-            readable, writable, _ = select.select(list(sockets), unsent, (), wait_s)
-            for ready in {*readable, *writable}:
-                events += self._hear(sockets[ready], 0.0)
+        if wait_s > POLL_S and any(self.status(name).plan_id is not None for name in local):
+            wait_s = POLL_S
+        if sockets or wait_s:
+            for ready in self._select(sockets, wait_s):
+                events += self._hear(sockets[ready])
         return events
+
+    # What is at what.
+
+    def status(self, instance: str) -> InstanceStatus:
+        """What an instance is at. Raises ExecutorError where there is none of this name."""
+        if (status := self._board.instance(instance)) is None:
+            raise ExecutorError(f"no instance {instance!r}; {self._known()}")
+        return status
+
+    def status_of_plan(self, plan_id: str) -> PlanStatus:
+        """What a plan is at, also one that ended not long ago.
+
+        Raises ExecutorError where none of this id was given to an instance.
+        """
+        if (status := self._board.plan(plan_id)) is None:
+            at_work = ", ".join(self._board.at_work()) or "none"
+            raise ExecutorError(f"no plan {plan_id!r} is known; at work: {at_work}")
+        return status
+
+    def status_of_request(self, request_id: str) -> RequestStatus:
+        """What a request under `serve` is at.
+
+        Raises ExecutorError for one that has not come yet, or has ended.
+        """
+        if self._loop is not None and request_id in self._loop:
+            return self._loop.status_of(request_id)
+        if self._intake.holds(request_id):
+            return RequestStatus(request_id=request_id, phase=RequestPhase.WAITING)
+        raise ExecutorError(f"no request {request_id!r} is being served")
+
+    def check_integrity(self) -> None:
+        """Let the live engines that can check their books, for tests.
+
+        Raises AssertionError where a block is lost, or held by nobody.
+        """
+        for name in self._board.live():
+            getattr(self.engines[name], "check_integrity", lambda: None)()
+
+    # Serving.
 
     def serve(
         self,
         requests: Iterable[Request],
         strategy: Strategy,
         planner: Planner,
+        until_closed: bool = False,
     ) -> Iterator[Output]:
         """Serve these requests to their ends; yields tokens and ends as they happen.
 
-        A request comes arrival_us after the start. While this runs, `cancel` goes through the loop.
+        A request comes arrival_us after the start. until_closed: goes on, and takes in what is
+        submitted, until `close_intake`. While this runs, `cancel` goes through the loop. Requests
+        that have not ended when the caller stops asking for outputs, and closes the generator, are
+        cancelled. Raises ExecutorError where something is being served already.
         """
-        loop = Loop(self.instances, strategy, planner, self.clock)
-        begin_us = self.clock.now_us()
-        arrivals = [
-            msgspec.structs.replace(request, arrival_us=begin_us + request.arrival_us)
-            for request in requests
-        ]
-        arrivals = sorted(arrivals, key=lambda request: request.arrival_us)[::-1]
-        turns = loop.run()
-        actions = next(turns)
-        if not arrivals:
-            self._inbox.append(Closed())
-        self._serving = True
-        try:
-            while True:
-                yield from self._perform(actions)
-                wait = actions[-1] if actions else None
-                if not isinstance(wait, Wait):
-                    return
-                actions = turns.send(self._inputs(arrivals, wait.until_us))
-        finally:
-            self._serving = False
-            turns.close()
+        if self._serving:
+            raise ExecutorError("something is being served already; one `serve` at a time")
+        loop = Loop(self.instances, strategy, planner, self._time, self._max_attempts)
+        self._intake.open(requests, self._time.now_us(), loop.waiting_load, until_closed)
+        self._loop = loop
+        return self._serve(loop)
+
+    def submit(self, request: Request) -> Refused | None:
+        """Take a request in, as of now, into what is being served `until_closed`.
+
+        What is taken in ends with one Finished among the outputs. What is not is returned at once,
+        refused, with the reason: too much waits already, its id is in use, the intake is closed.
+        """
+        loop = self._loop
+        is_live = loop is not None and request.id in loop
+        return self._intake.submit(request, self._time.now_us(), is_live)
+
+    def close_intake(self) -> None:
+        """Take no more requests in; `serve` ends when those that came have ended."""
+        self._intake.close()
 
     def execute(
         self,
@@ -194,46 +265,131 @@ class ExecutorAPI:
         return self.serve(requests, fixed, fixed)
 
     def close(self) -> None:
-        """Close every engine, also those that failed."""
+        """Close every engine, also those that failed, and free what dead ones left."""
         for engine in self.engines.values():
             engine.close()
+            if (pid := getattr(engine, "pid", None)) is not None:
+                self._orphaned.append(pid)
+        self._free_orphaned(())
 
     def _known(self) -> str:
         return f"there are: {', '.join(self.engines)}"
 
-    def _live(self) -> list[str]:
-        return [name for name, status in self._status.items() if not status.error]
-
-    def _fileno(self, name: str) -> int:
-        engine: Any = self.engines[name]
-        number: int = engine.fileno()
-        return number
-
-    def _update(self, instance: str, **changes: Any) -> None:
-        self._status[instance] = msgspec.structs.replace(self._status[instance], **changes)
-
-    def _hear(self, name: str, timeout_s: float) -> list[Event]:
-        try:
-            events = self.engines[name].poll(timeout_s)
-        except EngineError as error:
-            events = [Failed(instance=name, request_id=None, error=str(error))]
-        for event in events:
-            self._note(name, event)
-            self._tell(event)
-        return events
+    def _give(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
+        self._board.give(plan)
+        self.engines[plan.target_instance_id].submit(plan, requests)
 
     def _tell(self, said: Input | Action) -> None:
         for watcher in self._watch:
             watcher(said)
 
-    def _note(self, name: str, event: Event) -> None:
-        status = self._status[name]
-        if isinstance(event, StepReport):
-            self._update(name, steps=status.steps + 1, kv_blocks_used=event.kv_blocks_used)
-        elif isinstance(event, PlanDone) and event.plan_id == status.plan_id:
-            self._update(name, plan_id=None)
-        elif isinstance(event, Failed) and event.request_id is None:
-            self._update(name, plan_id=None, error=event.error)
+    # Engines.
+
+    def _fileno(self, name: str) -> int | None:
+        """What to wait for until the engine has something to say; None: it is asked at once."""
+        engine: Any = self.engines[name]
+        if not hasattr(engine, "fileno") or engine.has_news:
+            return None
+        number: int = engine.fileno()
+        return number
+
+    def _select(self, sockets: Mapping[int, str], wait_s: float) -> set[int]:
+        """Sockets of engines that can be read or written; a bell of the intake ends the wait."""
+        unsent = [fd for fd, n in sockets.items() if getattr(self.engines[n], "unsent", False)]
+        bell = [] if self._intake.bell is None else [self._intake.bell.fileno()]
+        readable, writable, _ = select.select([*sockets, *bell], unsent, (), wait_s)
+        self._intake.silence()
+        return {*readable, *writable}.difference(bell)
+
+    def _hear(self, name: str) -> list[Event]:
+        try:
+            events = self.engines[name].poll(0.0)
+        except EngineError as error:
+            events = [Failed(instance=name, request_id=None, error=str(error))]
+        for event in events:
+            self._board.hear(event)
+            self._tell(event)
+        return events
+
+    def _supervise(self, loop: Loop, events: Sequence[Event]) -> list[Input]:
+        """Bury instances that failed and make others again; what the loop is to hear of it."""
+        now_us = self._time.now_us()
+        said = self._bury(events, now_us)
+        for event in self._supervisor.revive(now_us):
+            self._tell(event)
+            said.append(event)
+            if isinstance(event, Joined):
+                self._board.revive(event.instance)
+            else:
+                self._board.hear(event)
+                said += self._bury([event], now_us)
+        self._supervisor.end_hung(now_us, loop.step_bound_us)
+        return said
+
+    def _dead_already(self) -> list[Input]:
+        """What a new loop must hear of instances that died before it was there."""
+        said: list[Input] = []
+        for name, engine in self.engines.items():
+            error = self.status(name).error or getattr(engine, "error", "")
+            if error:
+                self._board.fail(name, error)
+                failed = Failed(instance=name, request_id=None, error=error)
+                self._tell(failed)
+                said += [failed, *self._bury([failed], self._time.now_us())]
+        return said
+
+    def _bury(self, events: Sequence[Event], now_us: int) -> list[Input]:
+        said: list[Input] = []
+        for event in events:
+            if not isinstance(event, Failed) or event.request_id is not None:
+                continue
+            if (pid := getattr(self.engines[event.instance], "pid", None)) is not None:
+                self._orphaned.append(pid)
+            if restarting := self._supervisor.bury(event.instance, now_us):
+                self._tell(restarting)
+                said.append(restarting)
+        return said
+
+    def _free_orphaned(self, in_flight: Iterable[KVHandle]) -> None:
+        """Free KV of dead processes that nobody will receive."""
+        if self._orphaned:
+            keep = {handle.place for handle in in_flight}
+            for pid in self._orphaned:
+                comm.free_left_by(pid, keep)
+            self._orphaned.clear()
+
+    # Turns of the loop.
+
+    def _serve(self, loop: Loop) -> Iterator[Output]:
+        if self._serving or self._loop is not loop:
+            raise ExecutorError("something else was served since; call `serve` again")
+        self._serving = True
+        turns = loop.run()
+        try:
+            actions = next(turns)
+            if dead := self._dead_already():
+                actions = turns.send(dead)
+            while True:
+                yield from self._perform(actions)
+                wait = actions[-1] if actions else None
+                if not isinstance(wait, Wait):
+                    return
+                inputs = self._inputs(loop, wait.until_us)
+                actions = [*self._intake.take_refused(), *turns.send(inputs)]
+        finally:
+            turns.close()
+            self._leave(loop)
+
+    def _leave(self, loop: Loop) -> None:
+        """Serving has ended, perhaps too early: nothing of it stays on an engine."""
+        self._serving, self._loop = False, None
+        for refused in self._intake.take_answered():
+            self._tell(refused)
+        self._intake.shut()
+        for request_id in loop.live():
+            self.cancel(request_id)
+        for handle in loop.kv_in_flight():
+            comm.free(handle.place)
 
     def _perform(self, actions: Sequence[Action]) -> Iterator[Output]:
         """Do what the loop says; what is for clients is yielded."""
@@ -243,76 +399,46 @@ class ExecutorAPI:
                 case Token() | Finished() | Refused():
                     yield action
                 case Submit():
-                    self._update(action.instance, plan_id=action.plan.plan_id)
-                    self.engines[action.instance].submit(action.plan, action.requests)
+                    self._give(action.plan, action.requests)
                 case Deliver():
                     self.engines[action.instance].receive(action.handle)
                 case Cancel():
                     self.engines[action.instance].cancel(action.request_id)
                 case Discard():
-                    _free(action.handle)
-                case Planned() | Wait():
+                    comm.free(action.handle.place)
+                case Planned() | Retried() | Wait():
                     pass
 
-    def _inputs(self, arrivals: list[Request], until_us: int | None) -> list[Input]:
+    def _inputs(self, loop: Loop, until_us: int | None) -> list[Input]:
         """What is next: requests whose time has come, what clients said, or events of engines."""
+        self._free_orphaned(loop.kv_in_flight() if self._orphaned else ())
         while True:
-            inputs = self._take_inbox()
-            now_us = self.clock.now_us()
-            while arrivals and arrivals[-1].arrival_us <= now_us:
-                inputs.append(Arrived(arrivals.pop()))
-                if not arrivals:
-                    inputs.append(Closed())
-            for said in inputs:
+            now_us = self._time.now_us()
+            inputs = self._intake.take(now_us)
+            for said in (*self._intake.take_answered(), *inputs):
                 self._tell(said)
-            times = [us for us in (until_us, arrivals[-1].arrival_us if arrivals else None) if us]
-            wait_us = min(times, default=now_us + 1_000_000) - now_us
-            events = self.poll(0.0 if inputs else wait_us / 1e6)
-            inputs += [*events, *self._restarted(events)]
-            if inputs or (until_us is not None and until_us <= self.clock.now_us()):
+            known = (until_us, self._intake.next_us, self._supervisor.next_us)
+            times = [us for us in known if us is not None]
+            wait_us = min([*times, now_us + IDLE_US]) - now_us
+            is_due = bool(inputs) or self._intake.has_refused
+            events = self.poll(0.0 if is_due else wait_us / 1e6)
+            inputs += [*events, *self._supervise(loop, events)]
+            is_late = until_us is not None and until_us <= self._time.now_us()
+            if inputs or is_late or self._intake.has_refused:
                 return inputs
             self._jump(times)
-
-    def _restarted(self, events: Sequence[Event]) -> Iterator[Joined]:
-        """Make new engines for instances that failed just now."""
-        for event in events:
-            if not isinstance(event, Failed) or event.request_id is not None:
-                continue
-            name = event.instance
-            if self._restart is None or self._restarts[name] == MAX_RESTARTS:
-                continue
-            self._restarts[name] += 1
-            self.engines[name].close()
-            try:
-                self.engines[name] = self._restart(name)
-            except EngineError as error:
-                self._update(name, error=str(error))
-            else:
-                self._update(name, error="")
-                self._tell(joined := Joined(name))
-                yield joined
-
-    def _take_inbox(self) -> list[Input]:
-        inbox, self._inbox = self._inbox, []
-        return inbox
 
     def _jump(self, times: list[int]) -> None:
         """Let a virtual clock jump to what happens next."""
         if not isinstance(self.clock, VirtualClock):
             return
-        for name in self._live():
+        for name in self._board.live():
             next_us = getattr(self.engines[name], "next_us", lambda: None)()
             if next_us is not None:
                 times.append(next_us)
         if not times:
             raise ExecutorError("no engine will ever say anything, and no request will come")
         self.clock.advance_to(min(times))
-
-
-def _free(handle: KVHandle) -> None:
-    """Free KV that nobody will receive; the place tells its channel."""
-    for name in comm.known():
-        comm.open_channel(name, "executor").free(handle.place)
 
 
 class _Fixed:

@@ -14,6 +14,8 @@ for an instance whose plan does not await it, or something failed; never one for
 """
 
 import dataclasses
+import heapq
+import itertools
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
@@ -28,6 +30,7 @@ from sagec.runtime.engines import (
     Capability,
     Event,
     Failed,
+    KVCached,
     KVExported,
     KVHandle,
     KVImported,
@@ -35,10 +38,12 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
+from sagec.runtime.kv.directory import Directory
 from sagec.runtime.pace import Pace
 from sagec.runtime.plan import ExecutionPlan
 from sagec.runtime.report import RequestReport
 from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.retry import elsewhere
 from sagec.runtime.state import (
     LEAVING,
     RUNNING,
@@ -50,6 +55,7 @@ from sagec.runtime.state import (
     State,
 )
 from sagec.runtime.state import check as check_decision
+from sagec.runtime.status import RequestPhase, RequestStatus
 from sagec.runtime.strategies import Strategy
 
 LEAD_STEPS = 2
@@ -60,6 +66,12 @@ FUTILE_ROUNDS = 8
 
 
 _SAID_BY_ENGINES = (FinishReason.STOP, FinishReason.LENGTH)
+
+_PHASES = {
+    WAITING: RequestPhase.WAITING,
+    RUNNING: RequestPhase.RUNNING,
+    LEAVING: RequestPhase.LEAVING,
+}
 
 
 class LoopError(RuntimeError):
@@ -108,6 +120,19 @@ class CancelRequested(msgspec.Struct, frozen=True):
     request_id: str
 
 
+class PlanCancelRequested(msgspec.Struct, frozen=True):
+    """A plan is to stop at the next step boundary; its requests stay, and are planned again."""
+
+    plan_id: str
+
+
+class Restarting(msgspec.Struct, frozen=True):
+    """An instance that failed will be made again at this time; its requests may wait for it."""
+
+    instance: str
+    at_us: int
+
+
 class Joined(msgspec.Struct, frozen=True):
     """An instance that had failed is there again, empty."""
 
@@ -118,7 +143,7 @@ class Closed(msgspec.Struct, frozen=True):
     """No more requests will come."""
 
 
-Input = Event | Arrived | CancelRequested | Joined | Closed
+Input = Event | Arrived | CancelRequested | PlanCancelRequested | Restarting | Joined | Closed
 
 # What the loop says: to be done, in this order.
 
@@ -170,10 +195,27 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """A request was not taken in, for its id is in use."""
+    """A request was not taken in, and nothing of it is kept.
+
+    for_now: too much waits already, and the same request may be taken in later; otherwise its id is
+    in use, or nobody is served any more.
+    """
 
     request_id: str
     detail: str
+    for_now: bool = False
+
+
+class Retried(msgspec.Struct, frozen=True):
+    """An instance lost a request's KV: it starts over, with the output that it has.
+
+    attempt: how often it has started over, this time included.
+    """
+
+    request_id: str
+    instance: str
+    error: str
+    attempt: int
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -196,7 +238,7 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 Output = Token | Finished | Refused
-Action = Submit | Deliver | Discard | Cancel | Output | Planned | Wait
+Action = Submit | Deliver | Discard | Cancel | Output | Retried | Planned | Wait
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -205,7 +247,8 @@ class _Serving:
 
     known_on: the instance that knows the request, with the first `base` tokens of its output as
     part of its prompt. shadow_on: one that still knows what it was before, or awaits its KV.
-    cancelled: it leaves for good. handle: its KV on the way.
+    leaves_as: it leaves for good, and why. handle: its KV on the way. recalled: its instance was
+    told to forget it, and will say when it has. ran_on: where it was, in order.
     """
 
     request: Request
@@ -214,8 +257,11 @@ class _Serving:
     known_on: int | None = None
     shadow_on: int | None = None
     base: int = 0
-    cancelled: bool = False
+    leaves_as: FinishReason | None = None
     handle: KVHandle | None = None
+    recalled: bool = False
+    ran_on: list[str] = dataclasses.field(default_factory=list)
+    reused_tokens: int = 0
     admitted_us: int | None = None
     first_token_us: int | None = None
     last_token_us: int | None = None
@@ -245,22 +291,36 @@ class Loop:
         self._fixed = _columns(self.instances)
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
+        self._returning = np.zeros(len(self.instances), bool)
         self._plans: list[ExecutionPlan | None] = [None] * len(self.instances)
         self._pace = Pace([instance.cost for instance in self.instances])
         self._memory: Memory = {}
         self._table = RequestTable(room_tokens=[_room_tokens(i) for i in self.instances])
+        caches = [instance.capability.caches_prefixes for instance in self.instances]
+        self._directory = Directory(self._fixed, caches, self._table)
         self._serving: dict[str, _Serving] = {}
         self._actions: list[Action] = []
         self._round = self._futile_rounds = 0
         self._now_us = clock.now_us()
         self._again_us: int | None = None
+        self._timeouts: list[tuple[int, int, _Serving]] = []
+        self._numbers = itertools.count()
+        self._last: tuple[State, Decision] | None = None
+        self._failed_on: dict[str, int] = {}  # request -> who failed it, until it runs elsewhere
         self._due = self._closed = False
-        self._hear_by_type: dict[type, Callable[..., None]] = {
+        self._hear_by_type = self._hearers()
+
+    def _hearers(self) -> dict[type, Callable[..., None]]:
+        """What is done about each kind of input."""
+        return {
             Arrived: self._arrived,
             CancelRequested: self._cancel_requested,
+            PlanCancelRequested: self._plan_cancel_requested,
+            Restarting: self._restarting,
             Joined: self._joined,
             Closed: self._no_more,
             StepReport: self._stepped,
+            KVCached: self._kv_cached,
             KVExported: self._exported,
             KVImported: self._imported,
             Preempted: self._preempted,
@@ -275,10 +335,11 @@ class Loop:
         Raises LoopError where the planner, StateError where the strategy makes no sense.
         """
         while True:
-            events = yield [*self._take_actions(), Wait(self._again_us)]
+            events = yield [*self._take_actions(), Wait(self._until_us())]
             self._now_us = max(self._now_us, self._clock.now_us())
             for event in events:
                 self._hear_by_type[type(event)](event)
+            self._end_timeouts()
             self._fail_unserved()
             if self._due or (self._again_us is not None and self._now_us >= self._again_us):
                 self._ask()
@@ -303,6 +364,55 @@ class Loop:
     def output(self, request_id: str) -> tuple[int, ...]:
         """Tokens of a live request so far."""
         return tuple(self._serving[request_id].output)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request has come and not yet ended."""
+        return request_id in self._serving
+
+    def live(self) -> tuple[str, ...]:
+        """Requests that have come and not yet ended."""
+        return tuple(self._serving)
+
+    def status_of(self, request_id: str) -> RequestStatus:
+        """How far a live request is. Raises KeyError where it is not live."""
+        serving = self._serving[request_id]
+        row, table = serving.row, self._table
+        waits = table.phase[row] == WAITING
+        return RequestStatus(
+            request_id=request_id,
+            phase=_phase(int(table.phase[row]), bool(table.arriving[row])),
+            instance=None if waits else self.instances[table.instance[row]].id,
+            output_tokens=len(serving.output),
+            attempts=serving.attempts,
+            preemptions=serving.preemptions,
+            reason=self._last_reason(request_id) if waits else "",
+        )
+
+    def waiting_load(self) -> tuple[int, int]:
+        """How many requests wait, and the tokens that they have to compute."""
+        rows = np.flatnonzero(self._table.phase == WAITING)
+        return len(rows), int(self._table.prompt_tokens[rows].sum())
+
+    def kv_in_flight(self) -> list[KVHandle]:
+        """KV that left an instance and has not arrived at another."""
+        return [s.handle for s in list(self._serving.values()) if s.handle is not None]
+
+    def step_bound_us(self, instance: str) -> float:
+        """What the longest step of the plan at work there should take; 0 where nobody knows."""
+        index = self._index[instance]
+        if (plan := self._plans[index]) is None:
+            return 0.0
+        decode_us = float(self._pace.decode_step_us[index])
+        prefill_us = float(self._pace.prefill_ns_per_token[index]) * plan.max_step_tokens / 1e3
+        return max(decode_us + prefill_us, float(plan.estimates.us.max(initial=0)))
+
+    def _last_reason(self, request_id: str) -> str:
+        """What the last round said of a request that waits; "" where none has seen it."""
+        if self._last is None:
+            return ""
+        state, decision = self._last
+        rows = np.flatnonzero(state.waiting.ids == request_id)
+        return str(decision.reason[rows[0]]) if len(rows) else ""
 
     def _instances(self) -> Instances:
         """The instances' columns; only those that change are made again."""
@@ -336,24 +446,67 @@ class Loop:
         serving = _Serving(request=request, row=self._table.add(request, model))
         self._serving[request.id] = serving
         self._changed()
+        if request.timeout_us is not None:
+            self._note_timeout(serving, request.arrival_us + request.timeout_us)
         if not request.prompt:
             self._finish(serving, FinishReason.REJECTED, "an empty prompt; give one token at least")
         elif request.max_output_tokens is not None and request.max_output_tokens < 1:
             limit = request.max_output_tokens
             self._finish(serving, FinishReason.REJECTED, f"max_output_tokens {limit}: 1 or more")
+        elif request.timeout_us is not None and request.timeout_us < 1:
+            detail = f"timeout_us {request.timeout_us}: 1 or more"
+            self._finish(serving, FinishReason.REJECTED, detail)
         elif model not in (models := sorted({i.model for i in self.instances})):
             detail = f"no model {model!r}; there are: {', '.join(models)}"
             self._finish(serving, FinishReason.REJECTED, detail)
+        else:
+            self._directory.wait(serving.row, request)
 
     def _cancel_requested(self, event: CancelRequested) -> None:
         serving = self._serving.get(event.request_id)
-        if serving is None or serving.cancelled:
+        if serving is not None:
+            self._end_early(serving, FinishReason.CANCELLED)
+
+    def _end_early(self, serving: _Serving, reason: FinishReason) -> None:
+        """Let a request go that has not come to its end; it ends when its instance says so."""
+        if serving.leaves_as is not None:
             return
-        serving.cancelled = True
+        serving.leaves_as = reason
         if self._table.phase[serving.row] == WAITING:
-            self._finish(serving, FinishReason.CANCELLED, "")
+            self._finish(serving, reason, _early_detail(serving))
         else:
             self._recall(serving)
+
+    def _note_timeout(self, serving: _Serving, when_us: int) -> None:
+        """Remember when a request's time is up; those that ended are forgotten in bulk."""
+        if len(self._timeouts) > 2 * len(self._serving) + 64:
+            self._timeouts = [entry for entry in self._timeouts if self._is_live(entry[2])]
+            heapq.heapify(self._timeouts)
+        heapq.heappush(self._timeouts, (when_us, next(self._numbers), serving))
+
+    def _is_live(self, serving: _Serving) -> bool:
+        return self._serving.get(serving.request.id) is serving
+
+    def _until_us(self) -> int | None:
+        """When there is something to do at the latest, though no event comes."""
+        while self._timeouts and not self._is_live(self._timeouts[0][2]):
+            heapq.heappop(self._timeouts)
+        if not self._timeouts:
+            return self._again_us
+        next_us = self._timeouts[0][0]
+        return next_us if self._again_us is None else min(next_us, self._again_us)
+
+    def _end_timeouts(self) -> None:
+        while self._timeouts and self._timeouts[0][0] <= self._now_us:
+            serving = heapq.heappop(self._timeouts)[2]
+            if self._is_live(serving):
+                self._end_early(serving, FinishReason.TIMEOUT)
+
+    def _plan_cancel_requested(self, event: PlanCancelRequested) -> None:
+        for index, plan in enumerate(self._plans):
+            if plan is not None and plan.plan_id == event.plan_id:
+                self._plans[index] = nothing = nothing_after(plan.plan_id, plan.target_instance_id)
+                self._actions.append(Submit(plan.target_instance_id, nothing, ()))
 
     def _no_more(self, _: Closed) -> None:
         self._closed = True
@@ -364,9 +517,14 @@ class Loop:
     def _stepped(self, report: StepReport) -> None:
         self._futile_rounds = 0
         self._pace.note(self._index[report.instance], report)
+        for request_id, tokens in report.reused:
+            if serving := self._on(report.instance, request_id):
+                serving.reused_tokens += tokens
+                self._table.progress(serving.row, tokens)
         for request_id, _, end in report.chunks:
             if serving := self._on(report.instance, request_id):
                 self._table.progress(serving.row, end)
+                self._directory.leave(serving.row)
         self._take_tokens(report)
         if report.advanced:
             self._count_tokens(report)
@@ -379,8 +537,12 @@ class Loop:
             self._due |= _is_ending(plan, report.step)
 
     def _take_tokens(self, report: StepReport) -> None:
-        """The step's new tokens go to their requests and out; the table is written at once."""
+        """The step's new tokens go to their requests and out; the table is written at once.
+
+        A request's times never go backwards, whatever its instance's clock does.
+        """
         rows, computed_tokens = [], []
+        first_us = report.end_us
         for request_id, index, token in report.tokens:
             serving = self._on(report.instance, request_id)
             if serving is None or (index := serving.base + index) < len(serving.output):
@@ -391,11 +553,12 @@ class Loop:
             rows.append(serving.row)
             computed_tokens.append(serving.num_tokens)
             serving.output.append(token)
-            serving.last_token_us = report.end_us
+            time_us = max(report.end_us, serving.last_token_us or serving.admitted_us or 0)
+            serving.last_token_us = time_us
             if serving.first_token_us is None:
-                serving.first_token_us = report.end_us
-            self._actions.append(Token(request_id, index, token, report.end_us))
-        self._table.generated(rows, computed_tokens, report.end_us)
+                serving.first_token_us = first_us = time_us
+            self._actions.append(Token(request_id, index, token, time_us))
+        self._table.generated(rows, computed_tokens, first_us)
 
     def _count_tokens(self, report: StepReport) -> None:
         """The tokens of simulated steps: as many as were said, whichever they are."""
@@ -432,16 +595,19 @@ class Loop:
             self._actions.append(Discard(handle))
             return
         serving.known_on = None
-        if self._table.phase[serving.row] == LEAVING:  # its Cancelled is still to come
+        leaving = self._table.phase[serving.row] == LEAVING
+        if leaving and serving.recalled:  # its Cancelled is still to come
             self._actions.append(Discard(handle))
             return
-        if not self._alive[target]:
+        # Who was to be preempted and has left already loses that KV instead.
+        if leaving or not self._alive[target]:
             self._actions.append(Discard(handle))
             self._go_on_waiting(serving)
             return
         waiting = len(self._table.waiting()) > 0
         self._changed(only_if=waiting or not self._imports(target, handle.request.id))
         serving.known_on, serving.handle = target, handle
+        serving.ran_on.append(handle.target)
         self._drop_shadow(serving, keep=target)
         self._table.move(serving.row, target, arriving=True)
         self._table.progress(serving.row, handle.computed_tokens)
@@ -466,7 +632,10 @@ class Loop:
         if serving := self._on(event.instance, event.request_id):
             serving.preemptions += 1
             self._table.preempted(serving.row)
-            self._go_on_waiting(serving)
+            self._go_on_waiting(serving, event.kept_tokens)
+
+    def _kv_cached(self, event: KVCached) -> None:
+        self._directory.changed(self._index[event.instance], event.stored, event.evicted)
 
     def _plan_done(self, event: PlanDone) -> None:
         index = self._index[event.instance]
@@ -493,11 +662,15 @@ class Loop:
             return
         if self._table.instance[serving.row] == index:
             serving.known_on = None
-            self._try_again(serving, event.error)
+            self._try_again(serving, index, event.error)
 
     def _instance_failed(self, index: int, error: str) -> None:
-        self._alive[index] = False
+        """Start over what was there; what it was still to be told, its successor must not hear."""
+        self._alive[index] = self._returning[index] = False
+        name = self.instances[index].id
+        self._actions = [action for action in self._actions if not _is_for(name, action)]
         self._plans[index] = None
+        self._directory.lose(index)
         self._due = True
         for serving in list(self._serving.values()):
             phase = self._table.phase[serving.row]
@@ -508,12 +681,16 @@ class Loop:
             if phase == WAITING:
                 continue
             if self._table.instance[serving.row] == index:
-                self._try_again(serving, f"instance {self.instances[index].id!r}: {error}")
+                self._try_again(serving, index, f"instance {name!r}: {error}")
             elif phase == RUNNING and self._table.decode_on[serving.row] == index:
                 self._recall(serving)
 
+    def _restarting(self, event: Restarting) -> None:
+        self._returning[self._index[event.instance]] = True
+
     def _joined(self, event: Joined) -> None:
-        self._alive[self._index[event.instance]] = True
+        index = self._index[event.instance]
+        self._alive[index], self._returning[index] = True, False
         self._changed()
 
     # Requests.
@@ -531,30 +708,39 @@ class Loop:
         if only_if:
             self._due, self._futile_rounds = True, 0
 
-    def _try_again(self, serving: _Serving, error: str) -> None:
-        """The request's KV is lost: start over with the output it has, but not for ever."""
+    def _try_again(self, serving: _Serving, index: int, error: str) -> None:
+        """An instance lost the request's KV: start over with the output it has, not for ever."""
         serving.attempts += 1
+        self._failed_on[serving.request.id] = index
         if serving.handle is not None:
             self._actions.append(Discard(serving.handle))
         if (target := int(self._table.decode_on[serving.row])) != self._table.instance[serving.row]:
             self._drop_shadow(serving, keep=target)
             serving.shadow_on = target
-        if serving.attempts > self._max_attempts and not serving.cancelled:
+        if serving.attempts > self._max_attempts and serving.leaves_as is None:
             self._finish(serving, FinishReason.FAILED, error)
-        else:
-            self._go_on_waiting(serving)
+            return
+        if serving.leaves_as is None:
+            name = self.instances[index].id
+            self._actions.append(Retried(serving.request.id, name, error, serving.attempts))
+        self._go_on_waiting(serving)
 
-    def _go_on_waiting(self, serving: _Serving) -> None:
-        serving.handle = None
+    def _go_on_waiting(self, serving: _Serving, kept_tokens: int = 0) -> None:
+        """kept_tokens: of the request, those whose KV its instance holds in host memory."""
+        serving.handle, serving.recalled = None, False
         self._changed()
-        if serving.cancelled:
-            self._finish(serving, FinishReason.CANCELLED, "")
+        if serving.leaves_as is not None:
+            self._finish(serving, serving.leaves_as, _early_detail(serving))
         else:
             self._table.wait(serving.row, serving.num_tokens)
+            self._directory.wait(serving.row, serving.request, serving.output)
+            if kept_tokens and serving.known_on is not None:
+                self._directory.keep(serving.row, serving.known_on, kept_tokens)
 
     def _recall(self, serving: _Serving) -> None:
         """Take a request off its instance; `Cancelled` will say when it is gone."""
         self._table.leave(serving.row)
+        serving.recalled = True
         for index in {int(self._table.decode_on[serving.row]), serving.known_on}:
             if index is not None:
                 self._cancel_on(serving, index)
@@ -580,15 +766,19 @@ class Loop:
             prompt_tokens=len(request.prompt),
             output_tokens=len(serving.output),
             arrival_us=request.arrival_us,
-            end_us=self._now_us,
+            end_us=max(self._now_us, serving.last_token_us or 0),
             admitted_us=serving.admitted_us,
             first_token_us=serving.first_token_us,
             last_token_us=serving.last_token_us,
             attempts=serving.attempts,
             preemptions=serving.preemptions,
+            instances=tuple(serving.ran_on),
+            reused_tokens=serving.reused_tokens,
         )
+        self._directory.forget(serving.row)
         self._table.remove(serving.row)
         del self._serving[request.id]
+        self._failed_on.pop(request.id, None)
         self._actions.append(Finished(request.id, reason, detail, report))
 
     # Rounds.
@@ -598,11 +788,15 @@ class Loop:
         self._due, self._again_us = False, None
         if not len(self._table.waiting()) and not len(self._table.running()):
             return
+        if not self._alive.any():
+            return
         state = self.state()
         begin_s = time.perf_counter()
         decision = self._strategy.decide(state)
         decided_s = time.perf_counter()
         check_decision(decision, state, f"strategy {self._strategy.name!r}")
+        decision = elsewhere(decision, state, self._failures(state))
+        self._last = state, decision
         self._memory = decision.memory
         self._reject(state, decision)
         self._again_us = decision.again_us
@@ -617,6 +811,13 @@ class Loop:
         self._actions.append(Planned(state, decision, plans, decide_us, plan_us))
         for plan in plans:
             self._submit(plan)
+
+    def _failures(self, state: State) -> dict[int, int]:
+        """The instance that failed it last, for each waiting row that one did."""
+        if not self._failed_on:
+            return {}
+        ids = enumerate(state.waiting.ids)
+        return {row: self._failed_on[name] for row, name in ids if name in self._failed_on}
 
     def _reject(self, state: State, decision: Decision) -> None:
         for row in decision.rejected.tolist():
@@ -656,7 +857,10 @@ class Loop:
         """Give a waiting request to an instance; the request, if the instance has to be told it."""
         self._table.run(serving.row, index, index, self._now_us)
         if serving.admitted_us is None:
-            serving.admitted_us = self._now_us
+            serving.admitted_us = max(self._now_us, serving.request.arrival_us)
+        if self._failed_on.get(serving.request.id) != index:
+            self._failed_on.pop(serving.request.id, None)
+        serving.ran_on.append(self.instances[index].id)
         if serving.known_on == index:
             return []
         if serving.known_on is not None:
@@ -674,6 +878,7 @@ class Loop:
         return msgspec.structs.replace(
             request,
             prompt=(*request.prompt, *serving.output),
+            resumed_tokens=request.resumed_tokens + len(serving.output),
             max_output_tokens=max(1, limit - len(serving.output)),
         )
 
@@ -689,7 +894,7 @@ class Loop:
     # Ends that nobody else would see.
 
     def _fail_unserved(self) -> None:
-        """Requests whose model has lost its last instance of a role fail now."""
+        """Requests whose model has lost its last instance of a role, for good, fail now."""
         if self._alive.all():
             return
         for serving in list(self._serving.values()):
@@ -703,20 +908,54 @@ class Loop:
                     break
 
     def _is_served(self, model: str, other_role: str) -> bool:
+        expected = self._alive | self._returning
         return any(
-            alive and instance.model == model and instance.role != other_role
-            for instance, alive in zip(self.instances, self._alive.tolist(), strict=True)
+            there and instance.model == model and instance.role != other_role
+            for instance, there in zip(self.instances, expected.tolist(), strict=True)
         )
 
     def _fail_stalled(self) -> None:
         """With no plan at work and no request to come, whoever is left would wait for ever."""
         at_work = any(plan is not None for plan in self._plans)
         leaving = bool((self._table.phase == LEAVING).any())
-        if at_work or leaving or self._due or self._again_us is not None:
+        coming = bool(self._returning.any())
+        if at_work or leaving or coming or self._due or self._again_us is not None:
             return
         for serving in list(self._serving.values()):
             detail = f"{self._strategy.name} and the planner found no place, and nothing else runs"
             self._finish(serving, FinishReason.FAILED, detail)
+
+
+def nothing_after(plan_id: str, instance: str) -> ExecutionPlan:
+    """A plan that supersedes another and does nothing: its requests stay where they are."""
+    return ExecutionPlan(
+        plan_id=f"{plan_id}-cancelled",
+        round=0,
+        target_instance_id=instance,
+        mode="hybrid",
+        num_steps=0,
+        max_step_tokens=1,
+    )
+
+
+def _phase(code: int, arriving: bool) -> RequestPhase:
+    """The phase of a table row, as clients are told of it."""
+    if code == RUNNING and arriving:
+        return RequestPhase.ARRIVING
+    return _PHASES[code]
+
+
+def _is_for(instance: str, action: Action) -> bool:
+    """Whether an action is a command for this instance."""
+    return isinstance(action, Submit | Deliver | Cancel) and action.instance == instance
+
+
+def _early_detail(serving: _Serving) -> str:
+    """Why a request ended before its end, where that is not plain."""
+    if serving.leaves_as is not FinishReason.TIMEOUT or serving.request.timeout_us is None:
+        return ""
+    seconds = serving.request.timeout_us / 1e6
+    return f"not done {seconds:g} s after it came; {len(serving.output)} tokens of output"
 
 
 def _is_ending(plan: ExecutionPlan, step: int) -> bool:

@@ -33,7 +33,9 @@ class Pace:
         return _column(self._decode_us)
 
     def note(self, instance: int, report: StepReport) -> None:
-        """Take a step into account."""
+        """Take a step into account; one that computed nothing, for all was cached, says nothing."""
+        if not (report.chunks or report.decodes):
+            return
         step_us = (report.end_us - report.begin_us) / report.steps
         prompt_tokens = sum(end - begin for _, begin, end in report.chunks)
         if not prompt_tokens:

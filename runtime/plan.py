@@ -13,6 +13,7 @@ late, or twice, computes no token twice.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,7 +111,7 @@ class Preemptions(Table, frozen=True):
 
 
 class Reuses(Table, frozen=True):
-    """Rows whose first tokens' KV is taken from the prefix cache."""
+    """Rows whose first tokens have KV: in the prefix cache, or their own that was swapped out."""
 
     row: Column = _column()
     tokens: Column = _column()
@@ -204,6 +205,11 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def encode(plan: ExecutionPlan) -> bytes:
     """The plan as msgpack; a column is its little-endian bytes."""
     return _msgpack_encoder().encode(plan)
+
+
+def digest_of(plan: ExecutionPlan) -> str:
+    """A name of all that a plan says: 16 hexadecimal digits of the sha256 of its msgpack."""
+    return hashlib.sha256(encode(plan)).hexdigest()[:16]
 
 
 def decode(data: bytes, source: str = "plan") -> ExecutionPlan:

@@ -3,6 +3,10 @@
 The parent's side is `ProcessEngine`; the child is `python -m sagec.runtime.process FD`, which makes
 the engine and serves it until the parent closes the socket or disappears. Frames are a length (four
 bytes, little-endian) and msgpack. Neither side starts a thread; the parent never blocks on a send.
+
+A parent that does not read stops its child: plans are finite, and what the socket does not hold the
+child waits to send. A child with a plan but nothing to tell says every ALIVE_S that it lives, so
+that one that waits for KV is told from one that hangs.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -38,6 +43,9 @@ CLOSE_S = 5.0
 AWAIT_S = 0.001
 """How long a child with a plan, but nothing to compute yet, waits for word from its parent."""
 
+ALIVE_S = 0.25
+"""How often a child with a plan says that it lives, when it has nothing else to say."""
+
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 16
 
@@ -53,6 +61,10 @@ class _ReceiveFrame(msgspec.Struct, frozen=True, tag=True):
 
 class _CancelFrame(msgspec.Struct, frozen=True, tag=True):
     request_id: str
+
+
+class _CheckFrame(msgspec.Struct, frozen=True, tag=True):
+    pass
 
 
 class _CloseFrame(msgspec.Struct, frozen=True, tag=True):
@@ -71,8 +83,16 @@ class _EventsFrame(msgspec.Struct, frozen=True, tag=True):
     events: list[Event]
 
 
-_Command = _SubmitFrame | _ReceiveFrame | _CancelFrame | _CloseFrame
-_Answer = _ReadyFrame | _NotReadyFrame | _EventsFrame
+class _AliveFrame(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class _CheckedFrame(msgspec.Struct, frozen=True, tag=True):
+    error: str
+
+
+_Command = _SubmitFrame | _ReceiveFrame | _CancelFrame | _CheckFrame | _CloseFrame
+_Answer = _ReadyFrame | _NotReadyFrame | _EventsFrame | _AliveFrame | _CheckedFrame
 
 
 def start(specs: Sequence[InstanceSpec]) -> dict[str, "ProcessEngine"]:
@@ -107,6 +127,10 @@ class ProcessEngine:
         self._unsent = bytearray()
         self._frames = _Frames()
         self._ended = False
+        self._plan_id: str | None = None
+        self._heard_s = time.monotonic()
+        self._checked: str | None = None
+        self._killed_because = ""
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -128,6 +152,28 @@ class ProcessEngine:
         """Whether commands wait until the child reads; `poll` sends them."""
         return bool(self._unsent) and not self._ended
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the child is ready for plans; `capability` waits for it, `poll` hears of it."""
+        return self._capability is not None and not self._ended
+
+    @property
+    def error(self) -> str:
+        """How the child ended; "" while it lives."""
+        return self._ending() if self._ended else ""
+
+    @property
+    def silent_s(self) -> float:
+        """How long the child has said nothing, though it has a plan; 0 without one."""
+        if self._plan_id is None or not self.is_up:
+            return 0.0
+        return time.monotonic() - self._heard_s
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `poll` has something to return without waiting."""
+        return bool(self._events) or self._ended
+
     def fileno(self) -> int:
         """A descriptor that becomes readable when `poll` has something to return."""
         return self._socket.fileno()
@@ -144,6 +190,9 @@ class ProcessEngine:
         return self._capability
 
     def submit(self, plan: ExecutionPlan, requests: Sequence[Request] = ()) -> None:
+        if self._plan_id is None:
+            self._heard_s = time.monotonic()
+        self._plan_id = plan.plan_id
         self._command(_SubmitFrame(plans.encode(plan), tuple(requests)))
 
     def receive(self, handle: KVHandle) -> None:
@@ -157,6 +206,26 @@ class ProcessEngine:
             self._exchange(timeout_s)
         events, self._events = self._events, []
         return events
+
+    def check_integrity(self) -> None:
+        """Let the child's engine check its books, where it can, and wait for the answer.
+
+        Raises AssertionError with what it found, EngineError where the child is dead.
+        """
+        self._checked = None
+        self._command(_CheckFrame())
+        while self._checked is None:
+            if self._ended:
+                raise EngineError(self._ending())
+            self._exchange(None)
+        if self._checked:
+            raise AssertionError(f"instance {self.instance!r}: {self._checked}")
+
+    def kill(self, because: str) -> None:
+        """End the child at once; `poll` will say that it failed, and why."""
+        if self._process.poll() is None:
+            self._killed_because = because
+            self._process.kill()
 
     def close(self) -> None:
         """Ask the child to end; where it does not within CLOSE_S, tell it by signals."""
@@ -205,6 +274,7 @@ class ProcessEngine:
     def _read(self) -> None:
         try:
             while received := self._socket.recv(_READ_BYTES):
+                self._heard_s = time.monotonic()
                 for payload in self._frames.feed(received):
                     self._hear(msgspec.msgpack.decode(payload, type=_Answer))
         except BlockingIOError:
@@ -222,18 +292,25 @@ class ProcessEngine:
                 raise EngineError(answer.error)
             case _EventsFrame():
                 self._events += answer.events
+                for event in answer.events:
+                    if isinstance(event, PlanDone) and event.plan_id == self._plan_id:
+                        self._plan_id = None
+            case _CheckedFrame():
+                self._checked = answer.error
+            case _AliveFrame():
+                pass
 
     def _end(self) -> None:
         self._ended = True
-        self._process.wait()
         self._socket.close()
         failed = Failed(instance=self.instance, request_id=None, error=self._ending())
         self._events.append(failed)
 
     def _ending(self) -> str:
-        code = self._process.returncode
+        code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        return f"process {self._process.pid} of instance {self.instance!r} {how}"
+        because = f": {self._killed_because}" if self._killed_because else ""
+        return f"process {self._process.pid} of instance {self.instance!r} {how}{because}"
 
 
 class _Frames:
@@ -265,6 +342,7 @@ class _Child:
         self._frames = _Frames()
         self._decoder = msgspec.msgpack.Decoder(_Command)
         self._plan_id: str | None = None
+        self._said_s = time.monotonic()
 
     def serve(self) -> int:
         """Make the engine and run it until told to close; the process's exit code."""
@@ -302,6 +380,8 @@ class _Child:
                     self._plan_id = None
             if events:
                 self._send(_EventsFrame(events))
+            elif self._plan_id is not None and time.monotonic() - self._said_s > ALIVE_S:
+                self._send(_AliveFrame())
             wait_s = 0.0 if events else None if self._plan_id is None else AWAIT_S
             heard = self._receive(wait_s)
             if heard is None:
@@ -319,6 +399,8 @@ class _Child:
                 engine.receive(command.handle)
             case _CancelFrame():
                 engine.cancel(command.request_id)
+            case _CheckFrame():
+                self._send(_CheckedFrame(_integrity_error(engine)))
             case _CloseFrame():
                 return False
         return True
@@ -333,6 +415,16 @@ class _Child:
     def _send(self, answer: _Answer) -> None:
         payload = msgspec.msgpack.encode(answer)
         self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
+        self._said_s = time.monotonic()
+
+
+def _integrity_error(engine: Engine) -> str:
+    """What an engine that can check its books finds wrong in them; "" for nothing."""
+    try:
+        getattr(engine, "check_integrity", lambda: None)()
+    except AssertionError as error:
+        return str(error) or "its books are wrong"
+    return ""
 
 
 def main() -> int:

@@ -13,7 +13,8 @@ class RequestReport:
     """A request that ended. Times are microseconds on the loop's clock.
 
     admitted_us, first_token_us: None where it never came to that. attempts: how often it was
-    started over because an instance failed.
+    started over because an instance failed. instances: where it ran, in order, an instance again
+    for each time. reused_tokens: whose KV a prefix cache had, so that nobody computed them.
     """
 
     request_id: str
@@ -27,6 +28,8 @@ class RequestReport:
     last_token_us: int | None = None
     attempts: int = 0
     preemptions: int = 0
+    instances: tuple[str, ...] = ()
+    reused_tokens: int = 0
 
     @property
     def queue_us(self) -> int | None:

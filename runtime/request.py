@@ -38,6 +38,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     before they begin. ttft_us, tpot_us: what the client was promised, None: nothing. timeout_us:
     after its arrival, when the client no longer waits. block_hashes: of the prompt's whole blocks,
     as `sagec.runtime.kv.block_hashes` makes them, where the sender knows them; else empty.
+    resumed_tokens: the last so many of the prompt are output of an earlier attempt, which stop
+    strings may begin in.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     adapter: str = ""
     timeout_us: int | None = None
     block_hashes: tuple[int, ...] = ()
+    resumed_tokens: int = 0
 
 
 class FinishReason(StrEnum):

@@ -140,13 +140,16 @@ class Running(_Asked):
     instance: index into `State.instances` where the request is, or is going while arriving.
     prompt_tokens: tokens before the first one sampled since it was admitted; a prefill that is
     not done has computed_tokens < prompt_tokens. computed_tokens: tokens whose KV is there.
-    remaining_tokens: how many may still be generated; where the client set no limit, as many as
-    the instance holds. decode_on: where it will decode. admitted_us: when it got its place.
+    cached_tokens: of a prompt that its instance has not begun, the leading tokens whose KV is there
+    already, to be reused. remaining_tokens: how many may still be generated; where the client set
+    no limit, as many as the instance holds. decode_on: where it will decode. admitted_us: when it
+    got its place.
     """
 
     instance: Ints
     prompt_tokens: Ints
     computed_tokens: Ints
+    cached_tokens: Ints
     remaining_tokens: Ints
     arriving: Bools
     decode_on: Ints
@@ -369,6 +372,7 @@ _CHANGING_COLUMNS = (
     "first_token_us",
     "instance",
     "computed_tokens",
+    "cached_tokens",
     "remaining_tokens",
     "arriving",
     "decode_on",
@@ -430,7 +434,7 @@ class RequestTable:
         limit = request.max_output_tokens
         self.remaining_tokens[row] = UNBOUNDED if limit is None else limit
         self.output_tokens[row] = self.first_token_us[row] = 0
-        self.preemptions[row] = self.admitted_us[row] = self.cached_tokens[row] = 0
+        self.preemptions[row] = self.admitted_us[row] = 0
         self.wait(row, len(request.prompt))
         return row
 
@@ -440,7 +444,7 @@ class RequestTable:
             self._enter(row, LEAVING)
         self._enter(row, WAITING)
         self.prompt_tokens[row], self.computed_tokens[row] = prompt_tokens, 0
-        self.arriving[row] = False
+        self.cached_tokens[row], self.arriving[row] = 0, False
 
     def run(self, row: int, instance: int, decode_on: int, now_us: int = 0) -> None:
         """A waiting request is given to an instance."""
@@ -499,6 +503,11 @@ class RequestTable:
         self.decode_on[row] = instance
         self._touch([row])
 
+    def cached(self, rows: Sequence[int], instance: int, tokens: int) -> None:
+        """An instance has KV of so many leading tokens of these requests, not begun there yet."""
+        self.cached_tokens[rows, instance] = tokens
+        self._changed[rows] = True
+
     def waiting_cached_tokens(self) -> Ints:
         """[waiting, instances]: rows as in `waiting`; see `State.cached_tokens`."""
         self.waiting()
@@ -542,10 +551,12 @@ class RequestTable:
         return {name: getattr(self, _STORED_AS.get(name, name))[rows] for name in names}
 
     def _running_values(self, rows: Ints, names: Sequence[str]) -> dict[str, Any]:
-        """A column each; remaining_tokens, which bounds a plan, is what the instance has room for
-        where the client set no limit."""
+        """A column each. cached_tokens is of the row's instance; remaining_tokens, which bounds a
+        plan, is what the instance has room for where the client set no limit."""
         columns = {name: getattr(self, name)[rows] for name in names}
         computed, prompt = self.computed_tokens[rows], self.prompt_tokens[rows]
+        there = columns["cached_tokens"][np.arange(len(rows)), self.instance[rows]]
+        columns["cached_tokens"] = np.where(computed == 0, there, 0)
         held = np.where(computed < prompt, prompt, computed + 1)
         room = self._room_tokens[self.decode_on[rows]] - held
         columns["remaining_tokens"] = np.minimum(columns["remaining_tokens"], room)

@@ -10,7 +10,7 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 
-from sagec.dialects import pd
+from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
 from sagec.dialects.scalars import int_attr
 from sagec.passes import flow
@@ -108,6 +108,8 @@ class IRBuilder:
     def build_round(self, state: State, decision: Decision) -> IRGraph:
         """The graph of one scheduling round: who waits, what was decided, what already runs."""
         ops: list[Operation] = []
+        if decision.turn_steps is not None:
+            ops += _turns(state, decision.turn_steps)
         parts = [*_residents(state, decision, ops), *self._prefills(state, decision, ops)]
         end: SSAValue | None = None
         if parts:
@@ -123,6 +125,7 @@ class IRBuilder:
             "now": state.now_us,
             "round": state.round,
             "horizon": decision.horizon_steps or self.horizon,
+            "step_prompt_tokens": decision.step_prompt_tokens,
         }
         return self._graph(f"round_{state.round}", ops, end, numbers, decision.mode)
 
@@ -139,7 +142,12 @@ class IRBuilder:
             waves.append(started.wave)
         if len(state.waiting):
             ops.append(asked := pd.RequestsOp.of(_waiting_columns(state.waiting)))
-            ops.append(decide := pd.DecideOp.over(asked.wave, _decided(state, decision, asked)))
+            wave: SSAValue = asked.wave
+            if (matches := _matches(state, decision)) is not None:
+                match = kv.MatchOp.over(wave, flow.match_columns(asked.names, matches))
+                ops.append(match)
+                wave = match.matched
+            ops.append(decide := pd.DecideOp.over(wave, _decided(state, decision, asked)))
             waves.append(decide.verdicts)
         prefills = [pd.PrefillOp.of(wave, self._chunk()) for wave in waves]
         ops.extend(prefills)
@@ -250,6 +258,23 @@ def _decided(state: State, decision: Decision, asked: pd.RequestsOp) -> dict[str
     return columns
 
 
+def _matches(state: State, decision: Decision) -> flow.Matches | None:
+    """What instances have of the admitted already, where it may be of use: an instance that does
+    not prefill goes on with a prompt only where no more than the last token is to be computed."""
+    if not np.count_nonzero(state.cached_tokens):
+        return None
+    instances, cached = state.instances, state.cached_tokens
+    chosen = decision.prefill_on[:, None]
+    goes_on = cached == (state.waiting.prompt_tokens - 1)[:, None]
+    useful = instances.prefills | (instances.decodes & goes_on)
+    useful &= (chosen == ANY) | (chosen == instances.rows)
+    useful &= (decision.verdict == ADMIT)[:, None]
+    tokens = np.where(useful, cached, 0)
+    if not np.count_nonzero(tokens):
+        return None
+    return flow.Matches(tuple(instances.ids.tolist()), tokens)
+
+
 _VERDICT_CODES = np.zeros(3, np.int64)
 _VERDICT_CODES[[ADMIT, 1, REJECT]] = pd.ADMIT, pd.DEFER, pd.REJECT
 
@@ -266,6 +291,14 @@ def _places(state: State, chosen: Ints) -> WordsAttr:
     """Names of the chosen instances; ANY is no name."""
     names = (*state.instances.ids.tolist(), "")
     return flow.compact(names, np.where(chosen == ANY, len(names) - 1, chosen))
+
+
+def _turns(state: State, steps: Ints) -> Iterator[Operation]:
+    """A pd.turns of the instances that may not compute as they like, if there are any."""
+    bound = np.flatnonzero(steps != ANY)
+    if bound.size:
+        ids, column = _names(state.instances.ids[bound]), ColumnAttr.of(steps[bound])
+        yield pd.TurnsOp.create(properties={"ids": ids, "steps": column})
 
 
 # Running requests
@@ -356,6 +389,8 @@ def _started_columns(state: State, decision: Decision) -> dict[str, Attribute] |
         columns["generate"] = ColumnAttr.of(generate)
     if (computed := running.computed_tokens[rows]).any():
         columns["computed"] = ColumnAttr.of(computed)
+    if (cached := running.cached_tokens[rows]).any():
+        columns["cached"] = ColumnAttr.of(cached)
     if (models := running.model[rows]).any():
         columns["model"] = WordsAttr.from_rows(models.tolist())
     return columns

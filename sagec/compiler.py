@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.passes import ModulePass, PassPipeline
 
+from sagec import strategies
 from sagec.builder import IRGraph
-from sagec.diagnostics import Diagnostic
+from sagec.diagnostics import Diagnostic, there_are
 from sagec.dialects import pd
 from sagec.lowering.execution_plan import plans_of
 from sagec.passes import flow
@@ -22,6 +24,7 @@ from sagec.passes.topology import topology_of
 from sagec.pipelines import DEFAULT, PIPELINES
 from sagec.runtime.plan import ExecutionPlan
 from sagec.runtime.request import Request
+from sagec.runtime.strategies import Strategy, StrategyError, known
 from sagec.source import parse_module
 from sagec.universe import PASSES, sagec_context
 
@@ -47,6 +50,23 @@ class Unit:
         """The policy that the file's first graph names; "" where it names none."""
         graph = next(flow.graphs(self.module), None)
         return graph.text("policy", "") if graph is not None else ""
+
+    def make_strategy(self, text: str = "") -> Strategy:
+        """The strategy that the file serves with, fifo where it names none.
+
+        text: another one instead: the name of one of the file's, or what `strategies.strategy_of`
+        takes. Raises StrategyError; Diagnostic for a statement that is wrong.
+        """
+        named = text or self.strategy or "fifo"
+        stated = self.program.strategies if self.program is not None else ()
+        own = {statement.name.text: statement for statement in stated}
+        if named in own:
+            from sagec.language.strategies import strategy_of
+
+            return strategy_of(own[named])
+        if own and re.fullmatch(r"[\w-]+", named) and named not in known():
+            raise StrategyError(f"no strategy {named!r}; {there_are(named, [*own, *known()])}")
+        return strategies.strategy_of(named)
 
     def requests(self) -> list[Request]:
         """The requests of the file, with their prompts' token ids. Raises Diagnostic."""

@@ -13,13 +13,14 @@ class Pipeline:
     reason: str
 
 
-_PLACED = "insert-transfers,chunk-prefill,assign-kv,fuse-steps,legalize"
+_PLACED = "match-prefix,insert-transfers,chunk-prefill,assign-kv,fuse-steps,legalize"
 
 PIPELINES: dict[str, Pipeline] = {
     "serve": Pipeline(
         f"order,apply-decision,separate-phases,select-device,{_PLACED}",
         "a file: order first, for the other passes read values that were made before; decisions "
-        "before phases, so that only admitted requests count as needs; places before transfers; "
+        "before phases, so that only admitted requests count as needs; places before "
+        "matches, for only what an instance has itself is of use there, and before transfers; "
         "chunks and blocks before steps; legality last, on what will run",
     ),
     "round": Pipeline(

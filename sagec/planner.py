@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Operation
 
 from sagec.builder import IRBuilder
 from sagec.compiler import passes_of
 from sagec.dialects import pd
+from sagec.dialects.cluster import InstanceOp
 from sagec.lowering.execution_plan import plans_of
 from sagec.passes import flow
 from sagec.pipelines import PIPELINES
@@ -42,6 +44,7 @@ class CompilingPlanner:
         )
         self.passes = passes_of(PIPELINES[pipeline].text if pipeline in PIPELINES else pipeline)
         self._verified: set[tuple[str, ...]] = set()
+        self._without: tuple[frozenset[str], IRBuilder] | None = None  # dead instances
 
     @staticmethod
     def of(module: ModuleOp, horizon: int | None = None) -> CompilingPlanner:
@@ -61,17 +64,55 @@ class CompilingPlanner:
 
     def plan(self, state: State, decision: Decision) -> list[ExecutionPlan]:
         """The plans of a round, one for each instance with work. Raises PassError."""
-        graph = self.builder.build_round(state, decision)
+        builder = self._builder_of(state)
+        graph = builder.build_round(state, decision)
         try:
             for compiler_pass in self.passes.passes:
                 compiler_pass.apply(self.context, graph.module)
             self._verify(graph.op)
-            return plans_of(graph.module)
+            plans = plans_of(graph.module)
+            return plans if decision.turn_steps is None else _without_idle(plans, state)
         finally:
-            self.builder.drop(graph)
+            builder.drop(graph)
+
+    def _builder_of(self, state: State) -> IRBuilder:
+        """The builder for the instances that live: a dead one is no part of the cluster."""
+        alive = state.instances.alive
+        if alive.all():
+            return self.builder
+        dead = frozenset(state.instances.ids[~alive].tolist())
+        if self._without is None or self._without[0] != dead:
+            whole = self.builder
+            living = ModuleOp([op.clone() for op in whole.module.ops if not _is_any(op, dead)])
+            self._without = (
+                dead,
+                IRBuilder(
+                    living,
+                    mode=whole.mode,
+                    horizon=whole.horizon,
+                    policy=whole.policy,
+                    chunk=whole.chunk,
+                ),
+            )
+        return self._without[1]
 
     def _verify(self, graph: pd.GraphOp) -> None:
         shape = tuple(op.name for op in flow.ops_in(graph))
         if shape not in self._verified:
             graph.verify()
             self._verified.add(shape)
+
+
+def _is_any(op: Operation, instances: frozenset[str]) -> bool:
+    return isinstance(op, InstanceOp) and op.symbol in instances
+
+
+def _without_idle(plans: list[ExecutionPlan], state: State) -> list[ExecutionPlan]:
+    """Without the plans that let an instance stop which is at no plan: nothing changes there."""
+    idle = set(state.instances.ids[state.instances.idle].tolist())
+    return [p for p in plans if p.target_instance_id not in idle or not _is_nothing(p)]
+
+
+def _is_nothing(plan: ExecutionPlan) -> bool:
+    moves = (plan.preemptions.row, plan.evictions.block_hash, plan.migrations.block_hash)
+    return not plan.num_steps and not any(len(column) for column in moves)

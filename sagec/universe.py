@@ -26,6 +26,7 @@ _PASS_HOMES = {
     "apply-decision": "passes.apply_decision:ApplyDecisionPass",
     "separate-phases": "passes.separate_phases:SeparatePhasesPass",
     "select-device": "passes.select_device:SelectDevicePass",
+    "match-prefix": "passes.match_prefix:MatchPrefixPass",
     "insert-transfers": "passes.insert_transfers:InsertTransfersPass",
     "chunk-prefill": "passes.chunk_prefill:ChunkPrefillPass",
     "assign-kv": "passes.assign_kv:AssignKVPass",

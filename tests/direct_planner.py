@@ -88,7 +88,10 @@ class DirectPlanner:
                     continue
                 target = int(decodes[np.argmax(free[decodes])])
             if decision.prefill_on[w] != ANY:
-                source = target = int(decision.prefill_on[w])
+                source = int(decision.prefill_on[w])
+                target = target if instances.role[source] == "prefill" else source
+            if decision.decode_on[w] != ANY:
+                target = int(decision.decode_on[w])
             free[source] -= blocks[source]
             if target != source:
                 free[target] -= blocks[target]

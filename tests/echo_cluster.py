@@ -108,6 +108,7 @@ def serve(roles, asked, planner=None, strategy="fifo", kv_blocks: int = 40, **op
     executor = echo_executor(roles, served, kv_blocks, **options)
     planner = planner or DirectPlanner()
     served.take(executor.serve(asked, create(strategy), planner))
+    executor.check_integrity()
     assert {name: e.kv_blocks_used() for name, e in executor.engines.items()} == dict.fromkeys(
         roles, 0
     )

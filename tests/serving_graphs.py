@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sagec.runtime.plan import ExecutionPlan
-from sagec.runtime.state import ANY, Decision, Instances, Running, State, Waiting
+from sagec.runtime.state import ANY, Decision, Instances, Ints, Running, State, Waiting
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -588,16 +588,19 @@ class Round:
 def rounds(draw: Draw, where: tuple[Place, ...] | None = None) -> Round:
     """Waiting and running requests on some instances, and a decision with gaps in its ranks."""
     where = draw(places(tight=draw(st.booleans()))) if where is None else where
+    waiting = draw(_waiting_columns())
     state = State(
         now_us=draw(st.integers(0, 10**6)),
         round=draw(st.integers(0, 99)),
-        waiting=draw(_waiting_columns()),
+        waiting=waiting,
         running=draw(_running_columns(where)),
+        cached_tokens=draw(_cached_tokens(waiting, len(where))),
         instances=Instances.of(
             [place.name for place in where],
             role=[place.role for place in where],
             kv_blocks=[place.kv_blocks for place in where],
             block_tokens=[place.block_tokens for place in where],
+            idle=False,
         ),
     )
     return Round(where, state, draw(_decisions(where, state)))
@@ -626,6 +629,15 @@ def _waiting_columns(draw: Draw) -> Waiting:
 
 
 @st.composite
+def _cached_tokens(draw: Draw, waiting: Waiting, instances: int) -> Any:
+    """Nothing of most rows, or blocks, or all that can be: some instance swapped it out."""
+    cells = st.sampled_from((0, 0, 8, 16, 64, 10**6))
+    rows = [_lists(draw, cells, instances) for _ in range(len(waiting))]
+    cached = np.array(rows, np.int64).reshape(len(waiting), instances)
+    return np.minimum(cached, waiting.prompt_tokens[:, None] - 1)
+
+
+@st.composite
 def _running_columns(draw: Draw, where: tuple[Place, ...]) -> Running:
     """Prompts under way on what prefills, the others on what decodes."""
     prefills = [at for at, place in enumerate(where) if place.runs("prefill")]
@@ -634,8 +646,12 @@ def _running_columns(draw: Draw, where: tuple[Place, ...]) -> Running:
     started = _lists(draw, st.booleans(), count)
     prompt = _lists(draw, st.integers(2, 100), count)
     computed = [
-        draw(st.integers(1, tokens - 1)) if begun else tokens + draw(st.integers(0, 20))
+        draw(st.integers(0, tokens - 1)) if begun else tokens + draw(st.integers(0, 20))
         for tokens, begun in zip(prompt, started, strict=True)
+    ]
+    cached = [
+        0 if done else draw(st.integers(0, tokens - 1))
+        for tokens, done in zip(prompt, computed, strict=True)
     ]
     at = [draw(st.sampled_from(prefills if begun else decodes)) for begun in started]
     return Running.of(
@@ -643,6 +659,7 @@ def _running_columns(draw: Draw, where: tuple[Place, ...]) -> Running:
         instance=at,
         prompt_tokens=prompt,
         computed_tokens=computed,
+        cached_tokens=cached,
         remaining_tokens=_lists(draw, _LEFT, count),
         arriving=[not begun and draw(st.booleans()) for begun in started],
         decode_on=[
@@ -679,4 +696,12 @@ def _decisions(draw: Draw, where: tuple[Place, ...], state: State) -> Decision:
         chunk_tokens=np.array(_lists(draw, st.sampled_from((0, 5)), len(waiting)), np.int64),
         mode=draw(st.sampled_from(("", "time-share") if "both" in roles else ("", "strict"))),
         horizon_steps=draw(st.sampled_from((0, 4))),
+        step_prompt_tokens=draw(st.sampled_from((0, 0, 3))),
+        turn_steps=draw(_turns(len(where))),
     )
+
+
+def _turns(instances: int) -> st.SearchStrategy[Ints | None]:
+    """Steps that each instance may compute, or None: nobody says."""
+    steps = st.lists(st.sampled_from((0, 1, 3, ANY)), min_size=instances, max_size=instances)
+    return st.none() | steps.map(lambda column: np.array(column, np.int64))

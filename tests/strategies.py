@@ -277,6 +277,7 @@ def any_graphs(draw: Draw, name: str) -> pd.GraphOp:
     ops: list[Operation] = [
         requests, decide, prefill, resident, transfer, preempt, join, pd.JoinOp.of([]), decode,
         pd.LeaveOp.create(properties=gone), phase,
+        pd.TurnsOp.create(properties=draw(any_table(pd.TURN_FIELDS, draw(any_ids(max_rows=3))))),
         *draw(any_kv_ops(requests.wave, some)),
         draw(any_steps(draw(st.sampled_from([[], [decode.end], [prefill.kv, decode.end]])))),
         pd.YieldOp.create(operands=draw(st.sampled_from([[], [decode.end, join.kv]]))),

@@ -10,15 +10,21 @@ from sagec.runtime.plan import (
     Chunks,
     Column,
     Decodes,
+    Evictions,
     ExecutionPlan,
+    Migrations,
     Moves,
     Preemptions,
+    Reuses,
     Rows,
 )
 from sagec.runtime.request import Request
 
 Chunk = tuple[int, str, int, int]
 """Step, request, begin, end."""
+
+Migration = tuple[int, int, int]
+"""Hash of a block, its tier, the tier it goes to."""
 
 
 def engine(id: str, folder: Path, kv_blocks: int = 64, block_tokens: int = 8, **options: str):
@@ -49,6 +55,9 @@ def plan(
     imports: Mapping[str, str] | None = None,
     exports: Mapping[str, str] | None = None,
     kv_blocks: Mapping[str, int] | None = None,
+    reuses: Mapping[str, int] | None = None,
+    evictions: Iterable[int] = (),
+    migrations: Iterable[Migration] = (),
     num_steps: int = 64,
     max_step_tokens: int = 512,
     plan_id: str = "plan",
@@ -62,6 +71,7 @@ def plan(
     chunks = sorted(chunks)
     decodes, joins, kv_blocks = decodes or {}, joins or {}, kv_blocks or {}
     imports, exports, preemptions = imports or {}, exports or {}, preemptions or {}
+    reuses, migrations = reuses or {}, list(migrations)
     peers = tuple(dict.fromkeys([*imports.values(), *exports.values()]))
 
     def moves(of: Mapping[str, str]) -> Moves:
@@ -101,6 +111,13 @@ def plan(
         preemptions=Preemptions(
             row=column(row[id] for id in preemptions), how=column(preemptions.values())
         ),
+        reuses=Reuses(row=column(row[id] for id in reuses), tokens=column(reuses.values())),
+        evictions=Evictions(block_hash=column(evictions)),
+        migrations=Migrations(
+            block_hash=column(hash for hash, _, _ in migrations),
+            source_tier=column(source for _, source, _ in migrations),
+            target_tier=column(target for _, _, target in migrations),
+        ),
         imports=moves(imports),
         exports=moves(exports),
     )
@@ -135,6 +152,16 @@ def outputs(events: Iterable[Event], first: int = 0) -> dict[str, tuple[int, ...
 
 def steps(events: Iterable[Event]) -> list[StepReport]:
     return [event for event in events if isinstance(event, StepReport)]
+
+
+def reused(events: Iterable[Event]) -> dict[str, int]:
+    """Each request's tokens from the prefix cache; one told twice is an error."""
+    found: dict[str, int] = {}
+    for step in steps(events):
+        for id, tokens in step.reused:
+            assert id not in found, f"{id}: told twice what it began with"
+            found[id] = tokens
+    return found
 
 
 def of(kind: type, events: Iterable[Event]) -> list[Event]:

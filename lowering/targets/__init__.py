@@ -25,8 +25,10 @@ class Ability:
 
     block_tokens: sizes of a KV block that it takes; empty: any. kv_dtypes: types of KV, beside the
     model's own. partial_prefills: prompts a step may leave unfinished; 0: any. hands_over: whether
-    KV can leave and enter it, reshards: also between different tp. samples: most outputs of one
-    prompt. rules: what no field can say.
+    KV can leave and enter it, reshards: also between different tp. swaps: it takes KV of preempted
+    requests to host memory; caches_prefixes: it keeps KV of requests that are done, and begins a
+    prompt with it where a plan says so. samples: most outputs of one prompt. rules: what no field
+    can say.
     """
 
     engine: str
@@ -38,6 +40,8 @@ class Ability:
     chunks_prompts: bool = True
     hands_over: bool = True
     reshards: bool = False
+    swaps: bool = False
+    caches_prefixes: bool = False
     max_tp: int = 1
     max_pp: int = 1
     samples: int = 1

@@ -5,4 +5,6 @@ from sagec.lowering.targets import Ability
 ABILITY = Ability(
     engine="echo",
     summary="toy engine that checks the plans it is given",
+    swaps=True,
+    caches_prefixes=True,
 )

@@ -5,4 +5,6 @@ from sagec.lowering.targets import Ability
 ABILITY = Ability(
     engine="torch",
     summary="reference engine of this project; any Llama, Qwen2 or Qwen3 checkpoint",
+    swaps=True,
+    caches_prefixes=True,
 )

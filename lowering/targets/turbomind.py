@@ -47,6 +47,7 @@ ABILITY = Ability(
     kv_dtypes=("int8", "int4"),
     quantizations=("none", "int4", "awq", "gptq"),
     partial_prefills=1,
+    caches_prefixes=True,
     max_tp=8,
     rules=(partial_prefill_is_last, no_step_is_empty),
 )

@@ -12,6 +12,7 @@ ABILITY = Ability(
     block_tokens=(8, 16, 32, 64, 128),
     kv_dtypes=("fp8",),
     quantizations=("none", "fp8", "int8", "int4", "awq", "gptq"),
+    caches_prefixes=True,
     max_tp=64,
     max_pp=64,
     samples=1024,

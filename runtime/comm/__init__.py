@@ -1,11 +1,14 @@
 """How KV travels between instances.
 
-A channel is a file here that defines `open_channel(owner: str) -> Channel`; nothing else lists it.
+A channel is a file here that defines `open_channel(owner: str) -> Channel` and, where a process
+that dies leaves segments behind, `free_left_by(pid: int, keep: Collection[str])`; nothing else
+lists it.
 `shared-memory` = shared_memory.py serves the processes of one host, `local` one process.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Collection
 from typing import Any, Protocol
 
 
@@ -46,6 +49,22 @@ def open_channel(name: str, owner: str) -> Channel:
     """
     if name not in known():
         raise ChannelError(f"no channel {name!r}; there are: {', '.join(known())}")
-    module: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    channel: Channel = module.open_channel(owner)
+    channel: Channel = _module(name).open_channel(owner)
     return channel
+
+
+def free(place: str) -> None:
+    """Free a segment that nobody will receive, whichever channel it is of."""
+    for name in known():
+        open_channel(name, "nobody").free(place)
+
+
+def free_left_by(pid: int, keep: Collection[str] = ()) -> None:
+    """Free the segments of a process that is dead, but for those that are still to be received."""
+    for name in known():
+        if hasattr(module := _module(name), "free_left_by"):
+            module.free_left_by(pid, keep)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

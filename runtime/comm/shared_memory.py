@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from sagec.runtime.comm import ChannelError
@@ -85,6 +86,13 @@ class SharedMemoryChannel:
         """Remove what this side allocated and nobody has freed."""
         for place in list(self._allocated):
             self.free(place)
+
+
+def free_left_by(pid: int, keep: Collection[str] = ()) -> None:
+    """Remove the segments that process `pid`, which is dead, allocated, but for those in `keep`."""
+    for path in FOLDER.glob(f"sagec-*-{pid}-*"):
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
 
 
 def _sweep() -> None:

@@ -3,10 +3,12 @@
 Its next token is a checksum of all tokens before it, so every way of serving a request (any chunks,
 any batch, a hand-over, a recomputation) gives the same output, and a wrong way does not. It checks
 what real engines take on trust: a gap or an overlap in a prompt, a step over its budget and KV
-beyond the blocks that there are fail the request that is to blame.
+beyond the blocks that there are fail the request that is to blame. What a plan says is in the
+prefix cache may be gone by now: then the first chunk begins earlier.
 
 Options, all numbers as text: vocab (1000), eos (a token that ends an output; none), step_us and
 token_us (what a step takes, and each of its tokens; 0), bytes_per_s (of a hand-over; no time).
+And prefix_cache ("on": KV of requests that are done stays while there is room; "off").
 """
 
 import array
@@ -24,6 +26,7 @@ from sagec.runtime.engines import (
     Event,
     Failed,
     InstanceSpec,
+    KVCached,
     KVExported,
     KVHandle,
     KVImported,
@@ -31,6 +34,7 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
+from sagec.runtime.kv import block_hashes, policies
 from sagec.runtime.plan import SWAP, Chunks, Decodes, ExecutionPlan, PlanError, check
 from sagec.runtime.request import FinishReason, Request
 
@@ -46,13 +50,18 @@ def create(spec: InstanceSpec) -> "Echo":
 
 @dataclasses.dataclass
 class _Row:
-    """A request on this instance; its KV is the checksum of the tokens computed."""
+    """A request on this instance; its KV is the checksum of the tokens computed.
+
+    kept_tokens, kept_checksum: KV that was swapped out to host memory.
+    """
 
     request: Request
     output: list[int]
     computed_tokens: int = 0
     checksum: int = 0
     kv_blocks: int = 0
+    kept_tokens: int = 0
+    kept_checksum: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -63,13 +72,104 @@ class _Row:
         """Only the token sampled last has no KV, so that the row can decode."""
         return bool(self.output) and self.computed_tokens == self.num_tokens - 1
 
+    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
+        """The tokens [begin, end) of prompt and output."""
+        split = len(self.request.prompt)
+        output = self.output[max(begin - split, 0) : max(end - split, 0)]
+        return (*self.request.prompt[begin:end], *output)
+
     def compute(self, end: int) -> None:
         """Add the KV of the tokens up to `end`."""
-        split = len(self.request.prompt)
-        tokens = self.request.prompt[self.computed_tokens : end]
-        tokens += tuple(self.output[max(self.computed_tokens - split, 0) : max(end - split, 0)])
-        self.checksum = zlib.crc32(array.array("q", tokens).tobytes(), self.checksum)
+        self.checksum = _checksum(self.tokens(self.computed_tokens, end), self.checksum)
         self.computed_tokens = end
+
+    def swap_out(self) -> None:
+        """Take the KV to host memory; what is there already stays."""
+        if self.computed_tokens:
+            self.kept_tokens, self.kept_checksum = self.computed_tokens, self.checksum
+        self.computed_tokens = self.checksum = 0
+
+    def swap_in(self) -> None:
+        """Take the KV back."""
+        self.computed_tokens, self.checksum = self.kept_tokens, self.kept_checksum
+        self.kept_tokens = self.kept_checksum = 0
+
+    def drop(self) -> None:
+        """Forget all KV."""
+        self.computed_tokens = self.checksum = self.kept_tokens = self.kept_checksum = 0
+
+
+def _checksum(tokens: tuple[int, ...], before: int) -> int:
+    """Of tokens that follow others, whose checksum it goes on from."""
+    return zlib.crc32(array.array("q", tokens).tobytes(), before)
+
+
+@dataclasses.dataclass
+class _Block:
+    """A block of the prefix cache: its tokens, and the checksum of all tokens up to its end.
+
+    parent: the block before it; children: how many of those behind it are cached.
+    """
+
+    tokens: tuple[int, ...]
+    checksum: int
+    parent: int | None
+    children: int = 0
+
+
+class _PrefixCache:
+    """Blocks of requests that are done, by hash; who was used longest ago goes first."""
+
+    def __init__(self, block_tokens: int, capacity_blocks: int) -> None:
+        self.blocks: dict[int, _Block] = {}
+        self._block_tokens = block_tokens
+        self._policy = policies.create("lru", capacity_blocks)
+        self._said: frozenset[int] = frozenset()
+
+    def store(self, row: _Row) -> None:
+        """Keep the whole blocks that the row has computed."""
+        size, parent, checksum = self._block_tokens, None, 0
+        for begin, block_hash in enumerate(self._hashes(row, row.computed_tokens)):
+            tokens = row.tokens(begin * size, (begin + 1) * size)
+            checksum = _checksum(tokens, checksum)
+            if block_hash in self.blocks:
+                self._policy.touched(block_hash)
+            else:
+                self.blocks[block_hash] = _Block(tokens, checksum, parent)
+                self._policy.stored(block_hash)
+                if parent is not None:
+                    self.blocks[parent].children += 1
+            parent = block_hash
+
+    def give(self, row: _Row, most: int) -> int:
+        """Give a row the longest cached prefix of at most so many tokens; says how many."""
+        size = self._block_tokens
+        for begin, block_hash in enumerate(self._hashes(row, min(most, row.num_tokens - 1))):
+            block = self.blocks.get(block_hash)
+            if block is None or block.tokens != row.tokens(begin * size, (begin + 1) * size):
+                break
+            self._policy.touched(block_hash)
+            row.computed_tokens, row.checksum = (begin + 1) * size, block.checksum
+        return row.computed_tokens
+
+    def shrink(self, num_blocks: int) -> None:
+        """Let go of blocks until there are no more than these; the last of a prefix goes first."""
+        while len(self.blocks) > num_blocks:
+            gone = self._policy.victim(lambda block_hash: not self.blocks[block_hash].children)
+            assert gone is not None, "the last block of a prefix may always go"
+            parent = self.blocks.pop(gone).parent
+            if parent is not None:
+                self.blocks[parent].children -= 1
+                if not self.blocks[parent].children:
+                    self._policy.released(parent)
+
+    def changes(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Blocks that came, and those that went, since this was asked last."""
+        before, self._said = self._said, frozenset(self.blocks)
+        return self._said - before, before - self._said
+
+    def _hashes(self, row: _Row, tokens: int) -> tuple[int, ...]:
+        return block_hashes(row.tokens(0, tokens), self._block_tokens, row.request.adapter)
 
 
 class _Progress:
@@ -84,6 +184,8 @@ class _Progress:
         )
         self.exports = _peers(plan, plan.exports.row.tolist(), plan.exports.peer.tolist())
         self.imports = [plan.request_ids[row] for row in plan.imports.row.tolist()]
+        reuses = zip(plan.reuses.row.tolist(), plan.reuses.tokens.tolist(), strict=True)
+        self.reuses = {plan.request_ids[row]: tokens for row, tokens in reuses}
         self.chunks: list[list[Chunk]] = [[] for _ in range(plan.num_steps)]
         for step, row, *chunk in _tuples(plan.chunks):
             self.chunks[step].append((plan.request_ids[row], *chunk))
@@ -121,6 +223,10 @@ class Echo:
         self._ready: list[Event] = []
         self._pending: list[Event] = []
         self._free_at_us = 0
+        self._cache: _PrefixCache | None = None
+        if spec.options.get("prefix_cache") == "on":
+            self._cache = _PrefixCache(spec.block_tokens, spec.kv_blocks)
+        self._reused: list[tuple[str, int]] = []
         self._capability = Capability(
             kv_blocks=spec.kv_blocks,
             block_tokens=spec.block_tokens,
@@ -128,6 +234,7 @@ class Echo:
             kv_bytes_per_token=KV_BYTES_PER_TOKEN,
             max_context_tokens=spec.kv_blocks * spec.block_tokens,
             eos_tokens=self._eos,
+            caches_prefixes=self._cache is not None,
         )
 
     def capability(self) -> Capability:
@@ -171,6 +278,29 @@ class Echo:
         """Blocks that rows on this instance hold."""
         return sum(row.kv_blocks for row in self._rows.values())
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless rows hold the blocks that their KV fills, and no more than
+        there are, beside what the prefix cache holds of prefixes that are whole."""
+        used, held = self.kv_blocks_used(), self._cache.blocks if self._cache else {}
+        if used + len(held) > self._spec.kv_blocks:
+            there = f"{used} blocks are in use and {len(held)} cached"
+            raise AssertionError(f"{there}; there are {self._spec.kv_blocks}")
+        for name, row in self._rows.items():
+            if row.kv_blocks < self._blocks(row.computed_tokens):
+                tokens = f"{name}: {row.computed_tokens} tokens in {row.kv_blocks} blocks"
+                raise AssertionError(f"{tokens} of {self._spec.block_tokens}")
+        for block in held.values():
+            if block.parent is not None and block.parent not in held:
+                raise AssertionError("a cached block whose prefix is not cached")
+
+    def cached_blocks(self) -> frozenset[int]:
+        """Hashes of the blocks in the prefix cache."""
+        return frozenset(self._cache.blocks if self._cache else ())
+
+    def kept_tokens(self) -> dict[str, int]:
+        """Of each request that was swapped out, the tokens whose KV is in host memory."""
+        return {name: row.kept_tokens for name, row in self._rows.items() if row.kept_tokens}
+
     def _turn(self) -> None:
         """A step boundary: hear what came in, take in KV, begin a step or end the plan."""
         for message in self._inbox:
@@ -187,6 +317,22 @@ class Echo:
         if self._progress is not None:
             self._import(self._progress)
             self._step(self._progress)
+        if self._cache is not None:
+            self._trim(self._cache)
+
+    def _trim(self, cache: _PrefixCache) -> None:
+        """What rows do not hold is there for the cache; say what came to it and what went."""
+        cache.shrink(self._spec.kv_blocks - self.kv_blocks_used())
+        stored, evicted = cache.changes()
+        if stored or evicted:
+            said = KVCached(instance=self._spec.id, stored=tuple(stored), evicted=tuple(evicted))
+            (self._pending or self._ready).append(said)
+
+    def _retire(self, request_id: str) -> None:
+        """A row is done here; its KV may be of use to others."""
+        if self._cache is not None:
+            self._cache.store(self._rows[request_id])
+        self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         self._handles.pop(request_id, None)
@@ -240,11 +386,14 @@ class Echo:
     def _preempt(self, plan: ExecutionPlan) -> None:
         pairs = zip(plan.preemptions.row.tolist(), plan.preemptions.how.tolist(), strict=True)
         for request_id, how in ((plan.request_ids[row], how) for row, how in pairs):
-            if how == SWAP:
-                self._fail(request_id, "echo cannot swap KV out; preempt with recompute")
-            elif row := self._rows.get(request_id):
-                row.computed_tokens = row.checksum = 0
-                self._ready.append(Preempted(instance=self._spec.id, request_id=request_id))
+            if row := self._rows.get(request_id):
+                if how == SWAP:
+                    row.swap_out()
+                else:
+                    row.drop()
+                kept = row.kept_tokens
+                said = Preempted(instance=self._spec.id, request_id=request_id, kept_tokens=kept)
+                self._ready.append(said)
 
     def _end_plan(self, progress: _Progress) -> None:
         self._progress = None
@@ -296,7 +445,8 @@ class Echo:
                 return
         now_us = self._clock.now_us()
         arrived = {n for n, h in self._handles.items() if self._arrival_us(h) <= now_us}
-        here = self._rows.keys() | self._departed.keys() | arrived
+        here = {name for name, row in self._rows.items() if row.prefilled}
+        here |= self._departed.keys() | arrived
         awaited = {request_id for request_id, _, _ in progress.decodes if request_id not in here}
         if progress.step == progress.plan.num_steps or awaited.isdisjoint(progress.imports):
             self._end_plan(progress)
@@ -313,16 +463,28 @@ class Echo:
             except _Refused as error:
                 self._fail(request_id, f"plan {progress.plan.plan_id}: {error}")
                 continue
-            if self._has_room(progress, row):
-                chunks.append((request_id, row.computed_tokens, end, samples))
-            else:
+            if not self._has_room(progress, row):
                 progress.crowded_out.add(request_id)
+                continue
+            if not row.computed_tokens:
+                self._take_up(progress, row)
+            if row.computed_tokens < end:
+                chunks.append((request_id, row.computed_tokens, end, samples))
         return chunks
+
+    def _take_up(self, progress: _Progress, row: _Row) -> None:
+        """A row begins with the KV that is there already."""
+        claimed = progress.reuses.get(row.request.id, 0)
+        if row.kept_tokens:
+            row.swap_in()
+        elif self._cache is not None and (reused := self._cache.give(row, claimed)):
+            self._reused.append((row.request.id, reused))
 
     def _check_chunk(
         self, progress: _Progress, row: _Row, begin: int, end: int, samples: bool
     ) -> None:
-        if begin > row.computed_tokens:
+        claimed = progress.reuses.get(row.request.id, 0)
+        if begin > max(row.computed_tokens, row.kept_tokens, claimed):
             raise _Refused(f"tokens [{row.computed_tokens}, {begin}) were left out")
         if end > row.num_tokens or samples != (end == row.num_tokens):
             verb = "samples" if samples else "does not sample"
@@ -386,6 +548,7 @@ class Echo:
             self._rows[request_id].compute(self._rows[request_id].num_tokens)
         used = self.kv_blocks_used()
         tokens, finished = self._sample(sampling, progress.exports)
+        reused, self._reused = self._reused, []
         self._pending.append(
             StepReport(
                 instance=self._spec.id,
@@ -398,6 +561,7 @@ class Echo:
                 tokens=tuple(tokens),
                 finished=tuple(finished),
                 kv_blocks_used=used,
+                reused=tuple(reused),
             )
         )
         self._pending += self._export(progress)
@@ -413,7 +577,7 @@ class Echo:
             token = (row.checksum * 2654435761 >> 8) % self._vocab
             if token in self._eos or token in row.request.stop_tokens:
                 finished.append((request_id, FinishReason.STOP))
-                self._forget(request_id)
+                self._retire(request_id)
                 continue
             tokens.append((request_id, len(row.output), token))
             row.output.append(token)
@@ -421,7 +585,7 @@ class Echo:
             full = row.num_tokens >= room and request_id not in leaving
             if len(row.output) == row.request.max_output_tokens or full:
                 finished.append((request_id, FinishReason.LENGTH))
-                self._forget(request_id)
+                self._retire(request_id)
         return tokens, finished
 
     def _export(self, progress: _Progress) -> Iterator[Event]:
@@ -439,7 +603,7 @@ class Echo:
                 num_bytes=row.computed_tokens * KV_BYTES_PER_TOKEN,
                 begin_us=self._free_at_us,
             )
-            self._forget(request_id)
+            self._retire(request_id)
             yield KVExported(handle=handle, end_us=self._arrival_us(handle))
 
     def _blocks(self, tokens: int) -> int:
@@ -453,10 +617,13 @@ def _place(row: _Row) -> str:
 def _options(spec: InstanceSpec) -> dict[str, int]:
     options = {"vocab": 1000, "eos": 0, "step_us": 0, "token_us": 0, "bytes_per_s": 0}
     for name, text in spec.options.items():
+        if name == "prefix_cache":
+            if text not in ("on", "off"):
+                raise EngineError(f"instance {spec.id!r}: {name}={text!r}: on or off")
+            continue
         if name not in options:
-            raise EngineError(
-                f"instance {spec.id!r}: echo has no option {name!r}; it has {', '.join(options)}"
-            )
+            known = ", ".join([*options, "prefix_cache"])
+            raise EngineError(f"instance {spec.id!r}: echo has no option {name!r}; it has {known}")
         if not text.isdigit():
             raise EngineError(f"instance {spec.id!r}: {name}={text!r}: a whole number, 0 or more")
         options[name] = int(text)

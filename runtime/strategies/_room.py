@@ -41,22 +41,59 @@ def never_fitting(state: State) -> tuple[Ints, list[str]]:
     return np.array(rows, np.int64), reasons
 
 
-def overflowing(state: State) -> Ints:
+def overflowing(state: State, staying: Ints | None = None) -> Ints:
     """Running rows that must leave so that all before them on their instance have a next token.
 
-    The latest to come leave first; one that is alone always stays. A row whose KV is on its way
-    takes the room of those that came later, and has nothing to leave itself.
+    staying: all running rows, those first that are to stay the longest; None: in order of arrival,
+    so that the latest to come leave first. One that is alone always stays. A row whose KV is on its
+    way takes the room of those after it, and has nothing to leave itself.
     """
     running = state.running
-    order = np.lexsort((running.arrival_us, running.instance))
+    need = _next_blocks(running, state.instances)
+    total = np.bincount(running.instance, need, len(state.instances))
+    if (total <= state.instances.kv_blocks).all():
+        return np.zeros(0, np.int64)
+    order = np.argsort(running.arrival_us, kind="stable") if staying is None else staying
+    order = order[np.argsort(running.instance[order], kind="stable")]
     instance = running.instance[order]
-    need = _next_blocks(running, state.instances)[order]
-    total = np.cumsum(need)
+    need = need[order]
+    before = np.cumsum(need)
     first = np.searchsorted(instance, instance)
-    within = total - total[first] + need[first]
+    within = before - before[first] + need[first]
     crowded = (within > state.instances.kv_blocks[instance]) & (np.arange(len(order)) > first)
     rows = order[crowded]
     return rows[~running.arriving[rows]]
+
+
+def without(rows: Ints, others: Ints) -> Ints:
+    """Those of the rows, in their order, that are not among the others."""
+    if not len(others):
+        return rows
+    kept = np.ones(int(max(rows.max(initial=0), others.max())) + 1, bool)
+    kept[others] = False
+    return rows[kept[rows]]
+
+
+def room_tokens(instances: Instances) -> Ints:
+    """Tokens of the longest context that each instance can hold."""
+    room = instances.kv_blocks * instances.block_tokens
+    limit = instances.max_context_tokens
+    return np.where(limit > 0, np.minimum(room, limit), room)
+
+
+def whole_tokens(waiting: Waiting, rows: Ints) -> Ints:
+    """Tokens that rows will hold at their end: the prompt and one more where nobody knows."""
+    return waiting.prompt_tokens[rows] + _bounded(waiting, rows)
+
+
+def free_blocks(state: State) -> Ints:
+    """Blocks of each instance that are neither held nor promised, nor the next to be taken.
+
+    Every request that decodes there may take one block more before the next round.
+    """
+    instances = state.instances
+    growing = np.bincount(state.running.decode_on, minlength=len(instances))
+    return instances.kv_blocks - instances.kv_blocks_used - growing
 
 
 def _next_blocks(running: Running, instances: Instances) -> Ints:

@@ -136,6 +136,7 @@ _RENDER: dict[str, Callable[[Any], str]] = {
     "sagec.runtime.comm.ChannelError": _plain,
     "sagec.runtime.executor.ExecutorError": _plain,
     "sagec.runtime.loop.LoopError": _plain,
+    "sagec.runtime.recording.frames.RecordingError": _plain,
     "sagec.runtime.state.StateError": _plain,
     "sagec.runtime.strategies.StrategyError": _plain,
     "xdsl.utils.exceptions.ParseError": _placed,

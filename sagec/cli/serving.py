@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from sagec.cli import figures, writing
+from sagec.cli import figures, observing, writing
 from sagec.cli.failure import InputError, UsageError, unknown
 from sagec.cli.stream import Stream, stream_for
 from sagec.cli.text import Transcript, decoder_of
+from sagec.diagnostics import Diagnostic
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
-from sagec.runtime import engines, process, strategies
+from sagec.runtime import engines, process
+from sagec.runtime.clock import WallClock
 from sagec.runtime.engines import Engine, InstanceSpec
 from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Finished, Instance, Output, Planned, Token
+from sagec.runtime.recording import Recorder
 from sagec.runtime.report import RequestReport, Summary
 from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.strategies import Strategy, StrategyError
 from sagec.runtime.timeline import Timeline
 
 if TYPE_CHECKING:
     from sagec.compiler import Unit
+    from sagec.planner import CompilingPlanner
 
 CHANNELS = {True: "local", False: "shared-memory"}
 """How KV moves, by whether all instances are in one process."""
@@ -37,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """Serve the file's requests; 1 where one of them failed or was rejected."""
     from sagec.compiler import Compiler
 
-    for path in (args.timeline, args.trace):
+    for path in (args.timeline, args.trace, args.record, args.spans):
         writing.check_folder(path)
     compiler = Compiler()
     unit = compiler.read(args.file)
     placed = topology_of(unit.module).instances
     requests = chosen(unit, args.limit)
-    strategy = strategies.create(args.strategy or unit.strategy or "fifo")
+    strategy = strategy_for(unit, args.strategy)
     specs = [spec_of(instance, args.engine, args.one_process) for instance in placed]
     if not specs:
         raise InputError(f"{unit.name}: no instance to serve on; say where in a cluster")
@@ -51,12 +57,34 @@ def run(args: argparse.Namespace) -> int:
     timeline = Timeline([spec.id for spec in specs])
     planner = compiler.planner(unit.module, horizon=args.horizon)
     running = started(specs, args.one_process)
-    known = [_as_known(instance, running) for instance in placed]
+    known = [as_known(instance, running) for instance in placed]
     make = {spec.id: functools.partial(_made, spec, args.one_process) for spec in specs}
     watch = [timeline.hear, served.hear]
-    with ExecutorAPI(running, known, watch=watch, restart=lambda name: make[name]()) as executor:
+    with ExitStack() as stack:
+        executor = stack.enter_context(
+            ExecutorAPI(running, known, watch=watch, restart=lambda name: make[name]())
+        )
+        if args.record:
+            recorder = stack.enter_context(_recorder(args, strategy, planner, known))
+            executor.watch(recorder.hear)
+        for watcher in observing.watchers(args, known, stack):
+            executor.watch(watcher)
         served.follow(executor.serve(requests, strategy, planner))
+    if args.record and recorder.lost_rounds:
+        print(f"{args.record}: {recorder.lost_rounds} rounds are not in it", file=sys.stderr)
     return _report(args, served, timeline, unit.name)
+
+
+def strategy_for(unit: Unit, text: str | None) -> Strategy:
+    """The file's strategy, or the one of the command line. Raises UsageError for a wrong one."""
+    if not text:
+        return unit.make_strategy()
+    try:
+        return unit.make_strategy(text)
+    except Diagnostic as error:
+        raise UsageError(f"--strategy: {error.line()}") from None
+    except StrategyError as error:
+        raise UsageError(f"--strategy: {error}") from None
 
 
 def chosen(unit: Unit, limit: int | None) -> list[Request]:
@@ -113,7 +141,8 @@ def _made(spec: InstanceSpec, one_process: bool) -> Engine:
     return engines.create(spec) if one_process else process.ProcessEngine(spec)
 
 
-def _as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
+def as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
+    """What the loop is told of an instance that runs."""
     return Instance(
         id=instance.name,
         role=instance.role,
@@ -121,7 +150,21 @@ def _as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
         capability=running[instance.name].capability(),
         model=instance.model.name,
         cost=instance.cost,
+        pool=instance.pool,
+        switch_us=instance.switch_us,
     )
+
+
+def _recorder(
+    args: argparse.Namespace,
+    strategy: Strategy,
+    planner: CompilingPlanner,
+    instances: Sequence[Instance],
+) -> Recorder:
+    from sagec.replay import header_of
+
+    parts = {"prompts": not args.no_prompts, "tokens": not args.no_tokens}
+    return Recorder(args.record, header_of(strategy, planner, instances, **parts), WallClock())
 
 
 class _Served:
@@ -192,7 +235,12 @@ def _report(args: argparse.Namespace, served: _Served, timeline: Timeline, name:
     else:
         writing.console(width=100).print(figures.table(summary, timeline))
         print(figures.sentence(summary))
-        for path, what in ((args.timeline, "timeline"), (args.trace, "trace (ui.perfetto.dev)")):
+        for path, what in (
+            (args.timeline, "timeline"),
+            (args.trace, "trace (ui.perfetto.dev)"),
+            (args.record, "recording"),
+            (args.spans, "spans"),
+        ):
             if path:
                 print(f"{what}: {path}")
     return 1 if served.details else 0
@@ -214,4 +262,5 @@ def _json(
         "total": figures.total(summary),
         "timeline": args.timeline,
         "trace": args.trace,
+        "record": args.record,
     }

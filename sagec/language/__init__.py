@@ -2,7 +2,8 @@
 
 What each file holds, in the order a text passes: sage.lark and text (the grammar), settings (what
 statements take), syntax (the program), parser, complaints and errors (text to program, and what to
-say where it is none); models, devices, instances, sizes and resolution (what its names mean);
+say where it is none); strategies, expressions and checking (the rules of strategies, and whether
+their units go together); models, devices, instances, sizes and resolution (what its names mean);
 traces and workload (its requests as rows); lowering (to the dialects), prompts (to requests with
 token ids); printer (the canonical text).
 """

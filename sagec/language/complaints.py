@@ -13,8 +13,13 @@ _SPOKEN = {
     "NUMBER": "a number",
     "STRING": "a text in quotes",
     "OPEN": "'{'",
-    "RULES": "'{'",
     "CLOSE": "'}'",
+    "VALUE": "a value",
+    "QUANTITY": "a number",
+    "_LEFT": "'('",
+    "_RIGHT": "')'",
+    "PLUS": "an operator",
+    "COMPARISON": "a comparison",
     "_TO": "to",
     "_FROM": "from",
     "_RANGE": "..",
@@ -23,6 +28,7 @@ _SPOKEN = {
 _KEYWORDS = (
     "MODEL",
     "CLUSTER",
+    "STRATEGY",
     "DEVICE",
     "SWITCH",
     "LINK",
@@ -31,7 +37,31 @@ _KEYWORDS = (
     "REQUEST",
     "REPLAY",
     "ON",
+    "ORDER",
+    "ADMIT",
+    "REJECT",
+    "PLACE",
+    "PREFILL",
+    "DECODE",
+    "PREEMPT",
+    "MODE",
+    "CHUNK",
+    "HORIZON",
+    "BY",
+    "WHILE",
+    "WHEN",
+    "AND",
+    "OR",
+    "NOT",
+    "DESC",
+    "MIN",
+    "MAX",
+    "LATEST",
+    "OLDEST",
 )
+
+_SPELLED = {"=": "==", "&": "and", "|": "or", "!": "not"}
+"""How expressions write what other languages write so."""
 
 _SEPARATED = {
     "=": "settings are written without it: name value",
@@ -54,11 +84,11 @@ def syntax_error(source: Source, error: Any) -> Diagnostic:
         end = len(source.text) if line_end < 0 else line_end
         hint = "a '\"' is missing; a new line in a text is \\n"
         return source.error(begin, end, "the text does not end on its line", hint)
-    if found == "{" and "RULES" in _names(error):
-        return source.error(begin, end, "'{' is not closed", "a '}' is missing")
     shown = found if found.isprintable() else f"U+{ord(found[0]):04X}"
     shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    hint = _SEPARATED.get(found) or _hint(found, error)
+    in_expression = not _names(error).isdisjoint(("COMPARISON", "QUANTITY"))
+    spelled = _SPELLED.get(found) if in_expression else None
+    hint = f"it is written: {spelled}" if spelled else _SEPARATED.get(found) or _hint(found, error)
     return source.error(begin, end, f"unexpected {_quoted(shown)}", hint)
 
 

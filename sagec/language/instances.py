@@ -142,6 +142,11 @@ class Placement:
             self.errors.at(
                 at, f"{shape.layers} layers make no {pp} stages", f"at most {shape.layers}"
             )
+        if "switch_us" in scalars and "pool" not in scalars:
+            at = statement.settings["switch_time"]
+            self.errors.at(
+                at, "'switch_time' stands alone", "it is for instances of a pool: name it"
+            )
         for name in ("draft_layers", "draft_tokens"):
             if name in scalars and not all(map(scalars.get, ("draft_layers", "draft_tokens"))):
                 hint = "draft_layers and draft_tokens belong together"

@@ -12,7 +12,7 @@ def strategies() -> list[str]:
     >>> "fifo" in strategies()
     True
     """
-    return [name.replace("_", "-") for name in _modules("sagec.runtime.strategies")]
+    return [name.replace("_", "-") for name in _modules("sagec.runtime.strategies", packages=False)]
 
 
 def engines() -> list[str]:
@@ -20,9 +20,10 @@ def engines() -> list[str]:
     return sorted({*_modules("sagec.runtime.engines"), *_modules("sagec.lowering.targets")})
 
 
-def _modules(package: str) -> list[str]:
-    """Names of the public modules in a package, none of which is loaded."""
+def _modules(package: str, packages: bool = True) -> list[str]:
+    """Names of the public modules in a package, perhaps with packages; none of them is loaded."""
     spec = importlib.util.find_spec(package)
     places = spec.submodule_search_locations if spec else None
-    names = (module.name for module in pkgutil.iter_modules(places))
+    found = pkgutil.iter_modules(places)
+    names = (module.name for module in found if packages or not module.ispkg)
     return sorted(name for name in names if not name.startswith("_"))

@@ -27,6 +27,7 @@ _SCALAR_OF = {
     "latency": "latency_us",
     "block": "block_tokens",
     "budget": "max_step_tokens",
+    "switch_time": "switch_us",
 }
 """Settings whose scalar is called otherwise in the IR."""
 

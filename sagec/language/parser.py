@@ -20,7 +20,17 @@ from sagec.language.text import PAIR, TextError, unquoted
 LARGEST_RANGE = 4096
 """Names that one range may stand for."""
 
-_STATEMENTS = ("device", "switch", "link", "instance", "request", "replay", "serve", "cluster")
+_STATEMENTS = (
+    "device",
+    "switch",
+    "link",
+    "instance",
+    "request",
+    "replay",
+    "serve",
+    "cluster",
+    "strategy",
+)
 """What a misspelled setting may have been meant as."""
 
 
@@ -69,6 +79,25 @@ _RULES = (
     "instance",
     "on",
     "strategy",
+    "configured",
+    "order",
+    "key",
+    "admit",
+    "reject",
+    "place",
+    "choose",
+    "best",
+    "preempt",
+    "victim",
+    "bound",
+    "either",
+    "both",
+    "compared",
+    "sum",
+    "product",
+    "prefixed",
+    "call",
+    "group",
     "serve",
     "replay",
     "names",
@@ -102,8 +131,6 @@ class Reader:
         by_rule: dict[str, list[Node]] = {}
         for statement in statements:
             by_rule.setdefault(statement.rule, []).append(statement)
-        for strategy in by_rule.get("strategy", ()):
-            self._refuse_strategy(strategy)
         serves = by_rule.get("serve", [])
         for extra in serves[1:]:
             word = extra.parts[0]
@@ -114,18 +141,21 @@ class Reader:
             tuple(self._model(node) for node in by_rule.get("model", ())),
             tuple(self._cluster(node) for node in by_rule.get("cluster", ())),
             self._serve(serves[0]) if serves else None,
+            self._strategies(statements),
         )
         self.errors.stop_if_any()
         return program
 
-    def _refuse_strategy(self, node: Node) -> None:
-        keyword, name, _ = node.parts
-        self.errors.add(
-            keyword.start_pos,
-            name.end_pos,
-            f"strategy '{name}': strategy expressions are not in this version",
-            "a strategy by name is: serve with fifo { ... }",
-        )
+    def _strategies(self, statements: list[Node]) -> tuple[syntax.Strategy, ...]:
+        """Imported here, for what strategies know takes a while to load and most files lack it."""
+        stated = [node for node in statements if node.rule in ("strategy", "configured")]
+        if not stated:
+            return ()
+        from sagec.language.strategies import StrategyReader
+
+        reader = StrategyReader(self.errors, self._settings)
+        read = {"strategy": reader.ruled, "configured": reader.configured}
+        return tuple(read[node.rule](node) for node in stated)
 
     def _model(self, node: Node) -> syntax.Model:
         keyword, name, *rest = node.parts

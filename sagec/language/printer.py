@@ -1,7 +1,8 @@
 """The canonical text of a program: a statement a line, two spaces a block, comments kept.
 
 Only space, line ends and `;` change, so the meaning stays: words, numbers, strings and comments
-are printed as they were written.
+are printed as they were written. The words of rules come from the parser, which knows what is a
+sign, a call or a unit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CONTINUED = "    "
 
 def print_program(program: Program) -> str:
     """The canonical text of a program."""
-    tokens = _tokens(program.source.text)
+    tokens = _tokens(program)
     writer = _Writer(program, tokens)
     for token in tokens:
         writer.add(token)
@@ -32,7 +33,8 @@ def print_program(program: Program) -> str:
 class _Token(NamedTuple):
     """A token or comment; newlines: line ends between it and the one before.
 
-    following: where the next token that is no comment begins; None at the end of the text.
+    kind: as in text.TOKEN, or "glued" where no space stands before it. following: where the next
+    token that is no comment begins; None at the end of the text.
     """
 
     kind: str
@@ -42,16 +44,15 @@ class _Token(NamedTuple):
     following: int | None
 
 
-def _tokens(text: str) -> list[_Token]:
+def _tokens(program: Program) -> list[_Token]:
     """All tokens and comments but `;`, which says nothing that a line end does not."""
     found: list[_Token] = []
     newlines = 0
-    for match in TOKEN.finditer(text):
-        kind = str(match.lastgroup)
+    for kind, begin, text in _scanned(program):
         if kind == "line":
             newlines += 1
-        elif kind != "space" and match[0] != ";":
-            found.append(_Token(kind, match[0].rstrip(), match.start(), newlines, None))
+        elif kind != "space" and text != ";":
+            found.append(_Token(kind, text.rstrip(), begin, newlines, None))
             newlines = 0
     following: int | None = None
     for index in reversed(range(len(found))):
@@ -61,6 +62,18 @@ def _tokens(text: str) -> list[_Token]:
     return found
 
 
+def _scanned(program: Program) -> Iterator[tuple[str, int, str]]:
+    """Everything that the text consists of: its kind, where it begins, how it is printed."""
+    text, at = program.source.text, 0
+    for piece in sorted(piece for each in program.strategies for piece in each.pieces):
+        for match in TOKEN.finditer(text, at, piece.begin):
+            yield str(match.lastgroup), match.start(), match[0]
+        yield "glued" if piece.glued else "name", piece.begin, piece.text
+        at = piece.end
+    for match in TOKEN.finditer(text, at):
+        yield str(match.lastgroup), match.start(), match[0]
+
+
 class _Writer:
     """Collects a statement's pieces (what no line end may part) and writes them out in lines."""
 
@@ -68,6 +81,7 @@ class _Writer:
         words = [token for token in tokens if token.kind != "comment"]
         values, shapes = set(_value_begins(program)), set(_shape_values(program))
         self.keys = {token.begin for token in words if token.following in values}
+        self.keys |= {p.begin for each in program.strategies for p in each.pieces if p.breaks}
         self.starts = set(_statement_begins(program))
         self.starts |= {token.begin for token in words if token.following in shapes}
         self.ends = {token.begin for token in words if token.text == "}"}
@@ -115,7 +129,7 @@ class _Writer:
 
     def word(self, token: _Token) -> None:
         """A token inside a statement."""
-        if token.text in (",", "..") and self.pieces:
+        if (token.text in (",", "..") or token.kind == "glued") and self.pieces:
             self.pieces[-1] += token.text
             self.glued = token.text == ".."
         elif self.glued and self.pieces:
@@ -170,6 +184,9 @@ class _Writer:
 
 def _statement_begins(program: Program) -> Iterator[int]:
     yield from (model.begin for model in program.models)
+    for strategy in program.strategies:
+        yield strategy.begin
+        yield from (piece.begin for piece in strategy.pieces if piece.starts)
     for cluster in program.clusters:
         yield cluster.begin
         parts = (cluster.devices, cluster.switches, cluster.links, cluster.instances)
@@ -199,5 +216,7 @@ def _value_begins(program: Program) -> Iterator[int]:
 
 
 def _shape_values(program: Program) -> Iterator[int]:
-    """Where the values in models' blocks begin: those settings have a line each."""
-    return (value.begin for model in program.models for value in model.settings.values())
+    """Where the values in blocks of models and strategies begin: such settings have a line each."""
+    blocks = [statement.settings for statement in program.models]
+    blocks += [statement.settings for statement in program.strategies]
+    return (value.begin for settings in blocks for value in settings.values())

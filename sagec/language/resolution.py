@@ -84,8 +84,9 @@ def _the_cluster(program: Program) -> syntax.Cluster:
 def _check_strategy(program: Program, errors: Errors) -> None:
     serve = program.serve
     named = serve.settings.get("with") if serve else None
-    if named is not None and named.value not in (known := strategies()):
-        errors.at(named, f"no strategy '{named.value}'", there_are(str(named.value), known))
+    there = [*strategies(), *(statement.name.text for statement in program.strategies)]
+    if named is not None and named.value not in there:
+        errors.at(named, f"no strategy '{named.value}'", there_are(str(named.value), there))
 
 
 def _check_unique(program: Program, cluster: syntax.Cluster, errors: Errors) -> None:

@@ -48,6 +48,7 @@ class Kind(Enum):
 
     COUNT = ("a whole number", {"": 1})
     REAL = ("a number", {"": 1})
+    SHARE = ("a number or a share", {"": 1.0, "%": 0.01})
     BYTES = ("a size", _BYTES)
     TIME = ("a time", {"us": 1, "ms": 1000, "s": 1_000_000})
     LATENCY = ("a time", {"us": 1.0, "ms": 1e3, "s": 1e6, "ns": 1e-3})
@@ -153,6 +154,8 @@ INSTANCE: Table = _table(
     Setting("quantization", Kind.LABEL, "of the weights"),
     _count("draft_layers", "layers of a draft model beside the model's", 0),
     _count("draft_tokens", "tokens a step drafts (speculative decoding)", 0),
+    Setting("pool", Kind.LABEL, "instances of one pool share devices and compute by turns"),
+    Setting("switch_time", Kind.TIME, "until it computes when its turn in the pool begins", 0),
 )
 
 _TOLD = (
@@ -200,6 +203,8 @@ SERVE: Table = _table(
     *_TOLD,
 )
 
+STRATEGY: Table = _table(SERVE["mode"], SERVE["chunk"], SERVE["horizon"])
+
 UNITS = frozenset(unit for kind in Kind for unit in kind.units if unit)
 """All units there are."""
 
@@ -232,7 +237,7 @@ def read_number(setting: Setting, text: str) -> Plain:
     return value
 
 
-_FLOATS = (Kind.REAL, Kind.LATENCY, Kind.BANDWIDTH, Kind.FLOPS)
+_FLOATS = (Kind.REAL, Kind.SHARE, Kind.LATENCY, Kind.BANDWIDTH, Kind.FLOPS)
 
 
 def _scaled(digits: str, factor: float) -> int | float:

@@ -5,10 +5,13 @@ Places are offsets into the text; `Source.position` makes lines and columns of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sagec.diagnostics import Diagnostic, Source
+
+if TYPE_CHECKING:
+    from sagec.runtime.expressions import Rules
 
 Plain = int | float | str | tuple[str, ...]
 
@@ -91,6 +94,37 @@ class Cluster:
     instances: tuple[Instance, ...]
 
 
+class Piece(NamedTuple):
+    """A word of a rule: the text [begin, end), and how it is printed.
+
+    starts: it begins a rule. glued: it follows without a space. breaks: a line may end before it.
+    """
+
+    begin: int
+    end: int
+    text: str
+    starts: bool
+    glued: bool
+    breaks: bool
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`strategy NAME { rules }`, or `strategy NAME from BASE { settings }` of one of sagec's.
+
+    rules: None in the second case. options: what the settings give the strategy. pieces: all words
+    of the rules.
+    """
+
+    begin: int
+    name: Word
+    rules: Rules | None = None
+    pieces: tuple[Piece, ...] = ()
+    base: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
+
+
 class Request(NamedTuple):
     """`request "id" settings`: the text [begin, end).
 
@@ -131,6 +165,7 @@ class Program:
     models: tuple[Model, ...]
     clusters: tuple[Cluster, ...]
     serve: Serve | None
+    strategies: tuple[Strategy, ...] = ()
 
     def error(self, at: Word | Value, message: str, hint: str = "") -> Diagnostic:
         """The error that points at a name or value of this program."""

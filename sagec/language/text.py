@@ -17,7 +17,7 @@ PAIR = re.compile(
 
 TOKEN = re.compile(
     rf"(?P<line>\n)|(?P<space>[^\S\n]+)|(?P<comment>//[^\n]*|#[^\n]*)|(?P<string>{STRING})"
-    rf"|(?P<number>{NUMBER})|(?P<name>{NAME})|(?P<mark>\.\.|[{{}},;])|(?P<other>.)"
+    rf"|(?P<number>{NUMBER})|(?P<name>{NAME})|(?P<mark>\.\.|[<>=!]=|[{{}},;])|(?P<other>.)"
 )
 """Anything at all; `other` is a character that no text may have there."""
 

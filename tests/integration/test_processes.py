@@ -26,9 +26,7 @@ def undisturbed() -> dict[str, list[int]]:
     return serve(ONE, ASKED, kv_blocks=400).tokens
 
 
-def serve_in_processes(
-    roles, asked, killed=None, at_step=None, restart=None, planner=None, **options
-) -> Served:
+def serve_in_processes(roles, asked, killed=None, at_step=None, planner=None, **options) -> Served:
     """Serve on echo processes; the instance `killed` gets SIGKILL after so many steps of all."""
     served = Served()
     engines = process.start([spec(name, **options) for name in roles])
@@ -43,7 +41,7 @@ def serve_in_processes(
         if isinstance(event, StepReport) and steps == at_step:
             os.kill(engines[killed].pid, signal.SIGKILL)
 
-    with ExecutorAPI(engines, instances, watch=[watch], restart=restart) as api:
+    with ExecutorAPI(engines, instances, watch=[watch]) as api:
         served.take(api.serve(asked, create("fifo"), planner or DirectPlanner()))
     assert all(engine._process.returncode is not None for engine in api.engines.values())
     return served
@@ -66,16 +64,6 @@ def test_a_killed_process_loses_no_request_and_changes_no_token(killed, seed, un
     for failed in served.failures:
         assert failed.instance == killed
         assert failed.error.endswith(f"of instance '{killed}' was killed by SIGKILL")
-
-
-@pytest.mark.parametrize("at_step", range(1, 13))
-def test_a_process_killed_at_every_step_of_a_small_run_is_made_again(at_step):
-    asked = requests(2, generate=5, every_us=0)
-    served = serve_in_processes(
-        ONE, asked, "x0", at_step, restart=lambda name: ProcessEngine(spec(name))
-    )
-    assert served.tokens == serve(ONE, asked).tokens
-    assert {end.reason for end in served.ends.values()} == {FinishReason.LENGTH}
 
 
 def test_without_another_instance_the_requests_fail_with_the_reason():

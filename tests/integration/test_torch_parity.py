@@ -34,14 +34,14 @@ def expected(kind: str, length: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def shared_engine(kind: str, native: str = "auto"):
+def shared_engine(kind: str, native: str = "auto", prefix_cache: str = "on"):
     """One engine a kind: the tests leave it empty, which `check_empty` looks after."""
-    return engine("i0", checkpoint(kind), native=native)
+    return engine("i0", checkpoint(kind), native=native, prefix_cache=prefix_cache)
 
 
 def check_empty(one) -> None:
     one.check_integrity()
-    assert one.residents.pool.num_used == 0
+    assert one.residents.pool.num_held == 0
     assert not one.residents.rows
 
 
@@ -173,10 +173,11 @@ def test_kv_crosses_from_one_process_to_another(kind: str):
     check_empty(decode)
 
 
+@pytest.mark.parametrize("prefix_cache", ["on", "off"])
 @pytest.mark.parametrize("how", [RECOMPUTE, SWAP])
 @pytest.mark.parametrize("kind", ["llama", "qwen2-tied-yarn", "qwen3"])
-def test_a_preempted_request_goes_on_with_the_same_tokens(kind: str, how: int):
-    one = shared_engine(kind)
+def test_a_preempted_request_goes_on_with_the_same_tokens(kind: str, how: int, prefix_cache: str):
+    one = shared_engine(kind, prefix_cache=prefix_cache)
     ids = {"kept": 37, "gone": 64}
     one.submit(
         plan(
@@ -207,6 +208,7 @@ def test_a_preempted_request_goes_on_with_the_same_tokens(kind: str, how: int):
     events += run(one)
     assert outputs(events) == {"kept": expected(kind, 37), "gone": expected(kind, 64)}
     computed = sum(end - begin for e in steps(events) for _, begin, end in e.chunks)
+    computed += sum(found for e in steps(events) for _, found in e.reused)
     assert computed == 37 + 64 + (tokens if how == RECOMPUTE else 0)
     check_empty(one)
 
@@ -239,7 +241,8 @@ def test_a_plan_superseded_midway_computes_no_token_twice(polls: list[int], size
             events += one.poll()
     events += run(one)
     assert outputs(events) == {id: expected(kind, length) for id, length in ids.items()}
-    computed = [c for e in events if hasattr(e, "chunks") for c in e.chunks]
+    computed = [c for e in steps(events) for c in e.chunks]
+    computed += [(id, 0, found) for e in steps(events) for id, found in e.reused]
     for id, length in ids.items():
         spans = [(begin, end) for other, begin, end in computed if other == id]
         assert sum(end - begin for begin, end in spans) == length

@@ -9,6 +9,7 @@ from sagec.runtime.engines import (
     Cancelled,
     EngineError,
     Failed,
+    KVCached,
     KVExported,
     KVImported,
     PlanDone,
@@ -17,6 +18,7 @@ from sagec.runtime.engines import (
     create,
 )
 from sagec.runtime.engines.echo import Echo
+from sagec.runtime.kv import block_hashes
 from sagec.runtime.plan import (
     RECOMPUTE,
     SWAP,
@@ -25,6 +27,7 @@ from sagec.runtime.plan import (
     ExecutionPlan,
     Moves,
     Preemptions,
+    Reuses,
     Rows,
 )
 from sagec.runtime.request import FinishReason, Request
@@ -42,6 +45,7 @@ def plan(
     preempted=(),
     imports=(),
     exports=(),
+    reuses=(),
     steps=8,
     budget=64,
     name="p",
@@ -63,6 +67,7 @@ def plan(
         preemptions=table(Preemptions, preempted),
         imports=table(Moves, imports),
         exports=table(Moves, exports),
+        reuses=table(Reuses, reuses),
     )
 
 
@@ -197,10 +202,6 @@ def test_the_budget_holds_back_rows_that_join_late():
             "plan p: token 32 is beyond the 2 blocks it reserves",
         ),
         (plan(("a", 20, 0, 4), on="y0"), "plan p: for 'y0', not 'x0'"),
-        (
-            plan(("a", 20, 0, 4), preempted=[(0, SWAP)]),
-            "echo cannot swap KV out; preempt with recompute",
-        ),
     ],
 )
 def test_what_a_plan_does_wrong_fails_its_request_and_is_named(wrong, error):
@@ -238,6 +239,106 @@ def test_preemption_frees_blocks_and_keeps_the_output():
     again = plan(("a", 21, 0, 4), chunks=[(0, 0, 0, 21, 1)], name="r")
     (step,) = of(StepReport, run(engine, again))
     assert step.tokens[0][1] == sampled.tokens[0][1] + 1 == 1
+
+
+def test_who_is_swapped_out_goes_on_where_it_was():
+    engine = echo()
+    run(engine, PREFILL_A, requests=[A])
+    events = run(engine, plan(("a", 20, 0, 0), preempted=[(0, SWAP)], name="q"))
+    assert of(Preempted, events) == [Preempted(instance="x0", request_id="a", kept_tokens=20)]
+    assert engine.kv_blocks_used() == 0 and engine.kept_tokens() == {"a": 20}
+    again = plan(("a", 21, 0, 4), chunks=[(0, 0, 20, 21, 1)], reuses=[(0, 20)], name="r")
+    (step,) = of(StepReport, run(engine, again))
+    assert step.chunks == (("a", 20, 21),) and step.reused == ()
+    assert step.tokens == tokens_of(PREFILL_A, again_from=1)
+    assert engine.kept_tokens() == {}
+
+
+def test_who_is_swapped_out_and_then_preempted_starts_over():
+    engine = echo()
+    run(engine, PREFILL_A, requests=[A])
+    run(engine, plan(("a", 20, 0, 0), preempted=[(0, SWAP)], name="q"))
+    twice = plan(("a", 20, 0, 0), preempted=[(0, SWAP)], name="r")
+    assert of(Preempted, run(engine, twice))[0].kept_tokens == 20
+    events = run(engine, plan(("a", 20, 0, 0), preempted=[(0, RECOMPUTE)], name="s"))
+    assert of(Preempted, events)[0].kept_tokens == 0 and engine.kept_tokens() == {}
+    left_out = plan(("a", 21, 0, 4), chunks=[(0, 0, 20, 21, 1)], name="t")
+    assert errors(run(engine, left_out)) == ["plan t: tokens [0, 20) were left out"]
+
+
+def test_a_swapped_row_skips_what_it_has_of_an_older_plan():
+    engine = echo()
+    run(engine, PREFILL_A, requests=[A])
+    run(engine, plan(("a", 20, 0, 0), preempted=[(0, SWAP)], name="q"))
+    whole = plan(("a", 21, 0, 4), chunks=[(0, 0, 0, 16, 0), (1, 0, 16, 21, 1)], name="r")
+    (step,) = of(StepReport, run(engine, whole))
+    assert step.chunks == (("a", 20, 21),)
+
+
+def tokens_of(*plans, again_from: int):
+    """What a request's token of this index is without any preemption."""
+    go_on = plan(("a", 20, 20, 4), decodes=[(0, 0, 23)], name="on")
+    steps = of(StepReport, run(echo(), *plans, requests=[A]))
+    engine = echo()
+    steps = of(StepReport, [*run(engine, *plans, requests=[A]), *run(engine, go_on)])
+    return next(s.tokens for s in steps if s.tokens and s.tokens[0][1] == again_from)
+
+
+# The prefix cache
+
+ENDS_AT_ONCE = Request(id="e", prompt=tuple(range(20)), max_output_tokens=1)
+PREFILL_E = plan(("e", 20, 0, 4), chunks=[(0, 0, 0, 20, 1)])
+REUSE_A = plan(("a", 20, 0, 4), chunks=[(0, 0, 16, 20, 1)], reuses=[(0, 16)], name="q")
+
+
+def cached(engine: Echo) -> Echo:
+    """The engine, which has served a request with the prompt of A to its end."""
+    events = run(engine, PREFILL_E, requests=[ENDS_AT_ONCE])
+    (said,) = of(KVCached, events)
+    assert said == KVCached(instance="x0", stored=block_hashes(range(20), 16))
+    return engine
+
+
+def test_kv_of_what_is_done_is_kept_and_reused():
+    engine = cached(echo(prefix_cache="on"))
+    assert engine.capability().caches_prefixes
+    assert engine.cached_blocks() == set(block_hashes(range(20), 16))
+    (step,) = of(StepReport, run(engine, REUSE_A, requests=[A]))
+    assert step.reused == (("a", 16),) and step.chunks == (("a", 16, 20),)
+    (alone,) = of(StepReport, run(echo(), plan(("a", 20, 0, 4), chunks=[(0, 0, 0, 20, 1)]),
+                                  requests=[A]))  # fmt: skip
+    assert step.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("prefix_cache", ["off", "on"])
+def test_what_a_plan_expects_in_the_cache_and_is_gone_is_computed(prefix_cache):
+    engine = echo(prefix_cache=prefix_cache)
+    (step,) = of(StepReport, run(engine, REUSE_A, requests=[A]))
+    assert step.reused == () and step.chunks == (("a", 0, 20),)
+
+
+def test_nothing_is_reused_that_the_plan_does_not_say():
+    engine = cached(echo(prefix_cache="on"))
+    (step,) = of(StepReport, run(engine, plan(("a", 20, 0, 4), chunks=[(0, 0, 0, 20, 1)], name="q"),
+                                 requests=[A]))  # fmt: skip
+    assert step.reused == () and step.chunks == (("a", 0, 20),)
+
+
+def test_rows_take_the_room_of_the_cache_and_the_oldest_ends_go_first():
+    engine = echo(prefix_cache="on", kv_blocks=4)
+    long = Request(id="l", prompt=tuple(range(100, 148)), max_output_tokens=1)
+    run(engine, plan(("l", 48, 0, 3), chunks=[(0, 0, 0, 48, 1)]), requests=[long])
+    kept = block_hashes(long.prompt, 16)
+    assert engine.cached_blocks() == set(kept)
+    events = run(engine, plan(("a", 20, 0, 2), chunks=[(0, 0, 0, 20, 1)], name="q"), requests=[A])
+    assert of(KVCached, events) == [KVCached(instance="x0", evicted=(kept[2],))]
+    assert engine.cached_blocks() == set(kept[:2])
+
+
+def test_a_hand_over_leaves_a_copy_in_the_cache():
+    engine = echo(prefix_cache="on")
+    send = plan(("a", 20, 0, 2), chunks=[(0, 0, 0, 20, 1)], exports=[(0, 1, 20)])
+    assert of(KVCached, run(engine, send, requests=[A]))[0].stored == block_hashes(A.prompt, 16)
 
 
 def test_a_hand_over_gives_the_tokens_that_one_instance_gives():
@@ -323,6 +424,7 @@ def test_on_the_wall_clock_a_step_lasts_as_long_as_it_should():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"prefix_cache": "1"}, "instance 'x0': prefix_cache='1': on or off"),
         ({"vocabulary": "9"}, "instance 'x0': echo has no option 'vocabulary'; it has vocab, eos"),
         ({"step_us": "fast"}, "instance 'x0': step_us='fast': a whole number, 0 or more"),
         ({"vocab": "0"}, "instance 'x0': vocab='0': 1 or more"),

@@ -1,15 +1,19 @@
 """ExecutorAPI over engines of this process: plans by hand, plans made offline, status."""
 
+from itertools import pairwise
+
 import pytest
 
 from sagec.runtime.clock import VirtualClock, WallClock
 from sagec.runtime.engines import EngineError, PlanDone, StepReport
 from sagec.runtime.engines.echo import Echo
 from sagec.runtime.executor import ExecutorAPI, ExecutorError, InstanceStatus
-from sagec.runtime.loop import Finished, Instance, Refused, Token
+from sagec.runtime.loop import Finished, Instance, Refused, Restarting, Retried, Token
 from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, PlanError, Rows
 from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.status import REMEMBERED_PLANS, StatusBoard
 from sagec.runtime.strategies import create
+from sagec.runtime.supervisor import MAX_RESTARTS
 from tests.direct_planner import DirectPlanner, table
 from tests.echo_cluster import (
     ONE,
@@ -132,21 +136,39 @@ def test_an_instance_that_dies_at_any_step_loses_no_request_and_changes_no_token
 
 
 def test_an_instance_is_made_again_but_not_for_ever():
-    clock, made = VirtualClock(), []
+    clock, made, heard = VirtualClock(), [], []
 
     def restart(name):
-        made.append(name)
-        return Mortal(name, clock, steps=4)
+        made.append(clock.now_us())
+        return Mortal(name, clock, steps=0)
 
-    asked = requests(3, generate=8)
-    engines = {"x0": Mortal("x0", clock, steps=2)}
-    api = ExecutorAPI(engines, members(engines, ONE), clock, restart=restart)
+    engines = {"x0": Mortal("x0", clock, steps=0)}
+    api = ExecutorAPI(
+        engines, members(engines, ONE), clock, [heard.append], restart, max_attempts=100
+    )
+    served = Served().take(api.serve(requests(3), create("fifo"), DirectPlanner()))
+    seconds = [us / 1e6 for us in made]
+    pauses = [round(b - a, 3) for a, b in pairwise(seconds)]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30]
+    assert len(made) == MAX_RESTARTS
+    assert [said.at_us for said in heard if isinstance(said, Restarting)] == made
+    assert {end.reason for end in served.ends.values()} == {FinishReason.FAILED}
+    assert api.status("x0").error == "the power went out"
+
+
+def test_requests_wait_for_the_only_instance_that_can_serve_them():
+    clock = VirtualClock()
+
+    def restart(name):
+        return Mortal(name, clock, steps=10**9 if clock.now_us() > 3_000_000 else 1)
+
+    engines = {name: Mortal(name, clock, steps=1 if name == "p0" else 10**9) for name in SPLIT}
+    api = ExecutorAPI(engines, members(engines, SPLIT), clock, restart=restart, max_attempts=100)
+    asked = requests(8)
     served = Served().take(api.serve(asked, create("fifo"), DirectPlanner()))
-    assert made == ["x0"] * 3
-    expected = serve(ONE, asked).tokens
-    for name, tokens in served.tokens.items():
-        assert tokens == expected[name][: len(tokens)]
-    assert any(end.reason is FinishReason.FAILED for end in served.ends.values())
+    assert served.tokens == serve(ONE, asked, kv_blocks=400).tokens
+    assert clock.now_us() > 3_000_000
+    api.check_integrity()
 
 
 def test_an_instance_that_cannot_be_made_again_stays_dead():
@@ -261,3 +283,163 @@ def test_steps_on_the_wall_clock_are_waited_for():
     assert len(served.tokens["a"]) == 7
     report = served.ends["a"].report
     assert report.last_token_us - report.first_token_us >= 6 * 3000
+
+
+# Status.
+
+
+def test_the_status_of_a_plan_by_hand_follows_its_steps():
+    api = executor()
+    api.submit_plan(run_plan(), [A])
+    given = api.status_of_plan("p")
+    assert (given.instance, given.num_steps, given.steps, given.ended) == ("x0", 16, 0, False)
+    while not api.status_of_plan("p").ended:
+        api.poll(0.01)
+    assert api.status_of_plan("p").steps == 7
+
+
+def test_a_plan_that_took_over_is_named():
+    api = executor()
+    api.submit_plan(run_plan("p"), [A])
+    api.submit_plan(run_plan("q", until=5))
+    assert api.status_of_plan("p").superseded_by == "q"
+    assert api.status_of_plan("p").ended
+    assert not api.status_of_plan("q").ended
+
+
+def test_a_plan_whose_instance_died_says_why():
+    api = ExecutorAPI({"x0": Mortal("x0", WallClock(), steps=0)})
+    api.submit_plan(run_plan(), [A])
+    api.poll()
+    assert api.status_of_plan("p").error == "the power went out"
+
+
+def test_a_plan_or_request_that_nobody_knows_is_named():
+    api = executor()
+    with pytest.raises(ExecutorError, match="no plan 'q' is known; at work: none"):
+        api.status_of_plan("q")
+    api.submit_plan(run_plan(), [A])
+    with pytest.raises(ExecutorError, match="no plan 'q' is known; at work: p"):
+        api.cancel_plan("q")
+    with pytest.raises(ExecutorError, match="no request 'a' is being served"):
+        api.status_of_request("a")
+
+
+def test_of_old_plans_only_the_latest_are_remembered():
+    board = StatusBoard(["x0"])
+    for number in range(2 * REMEMBERED_PLANS):
+        board.give(run_plan(f"p{number}"))
+    assert board.plan("p0") is None
+    assert board.plan(f"p{2 * REMEMBERED_PLANS - 2}").superseded_by is not None
+    assert board.at_work() == [f"p{2 * REMEMBERED_PLANS - 1}"]
+
+
+def test_the_status_of_a_request_says_where_it_is_and_why_it_waits():
+    asked = [*requests(4, every_us=0), Request(id="r9", prompt=tuple(range(300)))]
+    api = echo_executor(SPLIT, Served(), kv_blocks=22)
+    seen = {}
+    for output in api.serve(asked, create("fifo"), DirectPlanner()):
+        for request in asked:
+            try:
+                status = api.status_of_request(request.id)
+            except ExecutorError as error:
+                assert str(error) == f"no request {request.id!r} is being served"
+                continue
+            seen.setdefault(status.phase, []).append(status)
+            if isinstance(output, Token) and output.request_id == request.id:
+                assert status.output_tokens == output.index + 1
+    assert {"waiting", "running", "arriving"} <= set(seen)
+    assert {status.reason for status in seen["waiting"]} == {"no room before its turn"}
+    assert {status.instance for status in seen["waiting"]} == {None}
+    assert {status.instance for status in seen["arriving"]} == {"d0"}
+    assert {status.instance for status in seen["running"]} == {"p0", "d0"}
+
+
+# Stopping plans.
+
+
+def test_a_plan_by_hand_that_is_cancelled_stops_and_its_request_stays():
+    api = executor()
+    api.submit_plan(run_plan(), [A])
+    while api.status("x0").steps < 2:
+        api.poll()
+    api.cancel_plan("p")
+    while api.status("x0").plan_id is not None:
+        api.poll()
+    assert api.status("x0").steps < 7
+    assert api.status_of_plan("p").superseded_by == "p-cancelled"
+    api.cancel_plan("p")
+    assert api.status("x0").plan_id is None
+    api.check_integrity()
+    api.submit_plan(run_plan("q"))
+    while api.status("x0").plan_id is not None:
+        api.poll()
+    assert api.status("x0").steps == 7
+
+
+@pytest.mark.parametrize("roles", [ONE, SPLIT, WIDE], ids=["one", "split", "wide"])
+def test_plans_that_are_cancelled_while_serving_are_made_again(roles):
+    asked, served, cancelled = requests(6), Served(), set()
+    api = echo_executor(roles, served)
+    for count, output in enumerate(api.serve(asked, create("fifo"), DirectPlanner())):
+        served.take([output])
+        plan_id = api.status(list(roles)[count % len(roles)]).plan_id
+        if plan_id is not None and count % 5 == 0 and not plan_id.endswith("-cancelled"):
+            api.cancel_plan(plan_id)
+            cancelled.add(plan_id)
+    assert len(cancelled) > 5
+    assert served.tokens == serve(ONE, asked, kv_blocks=400).tokens
+    superseded = {api.status_of_plan(plan_id).superseded_by for plan_id in cancelled}
+    assert any(name is not None and name.endswith("-cancelled") for name in superseded)
+    api.check_integrity()
+
+
+# Serving that is left, and what watchers hear.
+
+
+@pytest.mark.parametrize("outputs", [0, 1, 30, 60])
+def test_a_service_that_is_left_early_leaves_nothing_on_its_engines(outputs):
+    served = Served()
+    api = echo_executor(WIDE, served)
+    running = api.serve(requests(8), create("fifo"), DirectPlanner())
+    for _ in range(outputs):
+        next(running)
+    running.close()
+    for _ in range(3):
+        served.clock.advance_to(served.clock.now_us() + 10**9)
+        api.poll()
+    assert {engine.kv_blocks_used() for engine in api.engines.values()} == {0}
+    again = Served().take(api.serve(requests(8), create("fifo"), DirectPlanner()))
+    assert again.tokens == serve(ONE, requests(8), kv_blocks=400).tokens
+
+
+def test_one_service_at_a_time():
+    api = echo_executor(ONE, Served())
+    first = api.serve(requests(2), create("fifo"), DirectPlanner())
+    next(first)
+    with pytest.raises(ExecutorError, match="one `serve` at a time"):
+        api.serve(requests(2), create("fifo"), DirectPlanner())
+    first.close()
+    never_begun = api.serve(requests(2), create("fifo"), DirectPlanner())
+    assert len(list(api.serve(requests(2), create("fifo"), DirectPlanner()))) == 42
+    with pytest.raises(ExecutorError, match="something else was served since"):
+        next(never_begun)
+
+
+def test_reports_say_where_a_request_ran_and_watchers_hear_of_retries():
+    clock, heard = VirtualClock(), []
+    engines = {n: Mortal(n, clock, 2 if n == "p0" else 10**9) for n in WIDE}
+    api = ExecutorAPI(engines, members(engines, WIDE), clock, [heard.append])
+    served = Served().take(api.serve(requests(6), create("fifo"), DirectPlanner()))
+    retried = {said.request_id: said for said in heard if isinstance(said, Retried)}
+    assert retried
+    for name, end in served.ends.items():
+        ran_on = end.report.instances
+        if name in retried:
+            assert retried[name].instance == "p0"
+            assert retried[name].error == "instance 'p0': the power went out"
+            assert ran_on[0] == "p0"
+            assert ran_on[1:] in (("p1", "d0"), ("p1", "d1"))
+        else:
+            assert len(ran_on) == 2
+        assert end.report.attempts == (name in retried)

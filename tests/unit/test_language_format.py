@@ -109,6 +109,21 @@ def test_a_long_statement_is_broken_before_a_setting() -> None:
     assert lines[2].startswith("      stop ")
 
 
+def test_a_rule_is_broken_after_a_comma_and_before_a_word_that_joins() -> None:
+    keys = ", ".join(f"prompt_tokens * {n}" for n in range(9))
+    rules = f"order by {keys} reject when waited > 20s and priority > 1000000 and running > 7654321"
+    lines = language.format(f"strategy s {{ {rules} }}").split("\n")
+    assert max(map(len, lines)) <= 100
+    assert lines[1].endswith(",") and lines[2].startswith("      prompt_tokens")
+
+
+def test_units_signs_and_calls_are_written_in_one_way() -> None:
+    text = "strategy s { order by - priority,blocks ( 5tokens )-3 blocks, -  2  ms - 1 % * 2s }"
+    assert language.format(text).split("\n")[1] == (
+        "  order by -priority, blocks(5 tokens) - 3 blocks, -2ms - 1% * 2s"
+    )
+
+
 def test_a_text_that_does_not_parse_is_not_printed() -> None:
     with pytest.raises(Diagnostic, match="unexpected"):
         language.format("modle x")
@@ -139,7 +154,15 @@ cluster c {
   link g0..g3 to s bandwidth 4GB/s latency 2us
   instance i tp 2 on g0, g1 engine sim kv_blocks 64
 }
-serve on c with fifo mode strict stop "//" {
+strategy s {
+  order by (prompt_tokens - cached_tokens) * 2 desc, arrival
+  admit while not kv_free < 5% and (running < 8 or tenant == "//")
+  prefill on min(load), max(kv_free)
+  preempt max priority, latest when kv_free < 2%
+  chunk 16
+}
+strategy t from adaptive { dwell_ms 8s }
+serve on c with s mode strict stop "//" {
   request "a # b" tokens 4 generate 3 stop "x" stop end-of-text arrives 10ms
   request "b" tokens 5 tenant "a  b"
 }

@@ -29,8 +29,17 @@ cluster laptop {
       budget 512 max_batch 64 kv_dtype fp8 kv_layout "paged" max_partial_prefills 1
   instances d0, d1 role decode on g2..g3 engine torch model small kv 2GiB quantization awq
   instance both role both on cpu engine torch model other dtype f32 draft_layers 1 draft_tokens 2
+      pool "shared" switch_time 800ms
 }
-serve on laptop with fifo mode time-share chunk 64 horizon 8 ttft 200ms {
+strategy short {
+  order by prompt_tokens - cached_tokens, -waited desc; admit while kv_free > 5% and running < 8
+  reject when slack < 0ms or tenant == "x" prefill on min(load), max(blocks(64 tokens) / kv_blocks)
+  decode on max (kv_free); preempt max priority, latest when not (kv_free >= 2%) mode hybrid
+  chunk 16 horizon 4
+}
+strategy calm from slo-aware { margin 20% reject yes patience_us 3s chooser weighted }
+strategy placed { place by least-load }
+serve on laptop with short mode time-share chunk 64 horizon 8 ttft 200ms {
   request "a" tokens 12 generate 4 model small temperature 0.5 top_k 4 top_p 0.9 seed 3 stop "x"
     stop end-of-text arrives 10ms priority -1 ttft 2s tpot 50ms tenant acme session "s" adapter "l"
     samples 2 chunk 8 on p0 decode_on d1

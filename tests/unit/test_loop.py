@@ -488,6 +488,27 @@ def test_kv_that_left_while_its_request_was_cancelled_is_freed():
     assert finished.reason is FinishReason.CANCELLED
 
 
+def test_kv_that_left_while_its_request_was_to_be_preempted_is_freed_and_it_waits_again():
+    class Hasty:
+        """Preempts whoever has run for a round."""
+
+        name = "hasty"
+
+        def decide(self, state):
+            decision = Decision.admit(state.waiting.rows, state.waiting)
+            return decision.preempt(state.running.rows, "hasty") if state.round == 1 else decision
+
+    driven = Driven(SPLIT, strategy=Hasty())
+    _, event, before = exported(driven)
+    submits = driven.send(Arrived(msgspec.structs.replace(REQUEST, id="b")), kind=Submit)
+    assert any(len(submit.plan.preemptions) for submit in submits)
+    driven.send(*before)
+    actions = driven.send(event)
+    assert Discard(event.handle) in actions
+    (again,) = [r for a in actions if isinstance(a, Submit) for r in a.requests]
+    assert again.id == "a" and len(again.prompt) == len(REQUEST.prompt) + 1
+
+
 def test_kv_of_a_request_that_has_ended_is_freed():
     driven = Driven(SPLIT)
     source, event, before = exported(driven)
@@ -605,3 +626,24 @@ def test_cancelling_while_serving_frees_everything():
     assert set(ends) == {request.id for request in ASKED}
     assert set(ends.values()) == {FinishReason.CANCELLED}
     assert all(engine.kv_blocks_used() == 0 for engine in executor.engines.values())
+
+
+def test_what_an_instance_was_to_be_told_when_it_died_its_successor_does_not_hear():
+    driven = Driven(SPLIT)
+    _, event, before = exported(driven)
+    driven.send(*before)
+    actions = driven.send(
+        event, Failed(instance="d0", request_id=None, error="killed"), Joined("d0")
+    )
+    assert [a for a in actions if isinstance(a, Deliver)] == []
+    assert Discard(event.handle) in actions
+    (sent,) = [r for a in actions if isinstance(a, Submit) for r in a.requests]
+    assert sent.resumed_tokens == 1
+
+
+def test_a_report_counts_the_tokens_that_a_prefix_cache_had():
+    driven = Driven()
+    driven.send(Arrived(REQUEST))
+    driven.send(report(reused=(("a", 2), ("nobody", 7))))
+    (finished,) = driven.send(report(finished=(("a", FinishReason.STOP),)), kind=Finished)
+    assert finished.report.reused_tokens == 2

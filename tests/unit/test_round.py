@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from sagec.passes.packing import Finished, Order, Packed, Packer, decodes_only, 
 from sagec.passes.topology import Instance, topology_of
 from sagec.passes.work import Work
 from sagec.planner import CompilingPlanner
+from sagec.runtime import strategies
 from sagec.universe import DIALECTS
 from tests.serving_graphs import Round, rounds
 
@@ -392,6 +394,26 @@ def test_the_graph_of_a_round_verifies_after_every_pass(asked: Round) -> None:
         graph.module.verify()
 
 
+@settings(LAX, max_examples=100)
+@given(rounds())
+def test_no_instance_computes_more_than_its_turn_and_its_step_allow(asked: Round) -> None:
+    planner = CompilingPlanner(COMPILER.parse(asked.cluster(), "cluster.mlir").module)
+    try:
+        plans = planner.plan(asked.state, asked.decision)
+    except PassError:
+        return
+    names, turns = asked.state.instances.ids.tolist(), asked.decision.turn_steps
+    event("turns" if turns is not None else "no turns")
+    for plan in plans:
+        if turns is not None:
+            steps = int(turns[names.index(plan.target_instance_id)])
+            assert plan.num_steps <= steps
+            assert steps or not (len(plan.chunks.row) or len(plan.decodes.row))
+        if most := asked.decision.step_prompt_tokens:
+            tokens = np.bincount(plan.chunks.step, plan.chunks.end - plan.chunks.begin)
+            assert tokens.max(initial=0) <= most
+
+
 # The benchmark
 
 
@@ -405,8 +427,9 @@ def benchmark() -> ModuleType:
 
 
 def test_the_benchmark_runs_and_says_what_it_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that lies there
     module = benchmark()
     module.main(["--quick", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "round.json").read_text())
@@ -414,6 +437,9 @@ def test_the_benchmark_runs_and_says_what_it_measured(
     for one in found["rounds"]:
         assert list(one["stages_us"])[:2] == ["build", "apply-decision"]
         assert {"fuse-steps", "legalize", "lower", "encode"} <= one["stages_us"].keys()
+    decided = {(one["strategy"], one["cluster"]) for one in found["strategies"]}
+    assert decided == set(itertools.product(strategies.known(), module.DECIDED[0]))
+    assert all(one["round_us"] > one["decide_us"] > 0 for one in found["strategies"])
     assert {(one["form"], one["requests"]) for one in found["compiles"]} == {
         ("mlir", 100),
         ("sage", 100),

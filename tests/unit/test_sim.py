@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagec.runtime.engines import EngineError, KVImported, StepReport
+from sagec.runtime.engines import EngineError, KVCached, KVImported, StepReport
 from sagec.runtime.engines.sim import create
+from sagec.runtime.kv import block_hashes, policies
 from sagec.runtime.loop import Finished
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create as strategy
@@ -90,9 +91,10 @@ def test_many_like_steps_are_one_report():
     kv_blocks=st.integers(14, 60),
     gaps=st.lists(st.integers(0, 3000), min_size=1, max_size=25),
     cancelled=st.sets(st.integers(0, 24), max_size=4),
+    cache=st.sampled_from(["on", "off"]),
 )
 def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
-    cluster, kv_blocks, gaps, cancelled
+    cluster, kv_blocks, gaps, cancelled, cache
 ):
     asked = []
     for i, gap in enumerate(gaps):
@@ -104,7 +106,7 @@ def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
 
     def run() -> Served:
         served = Served()
-        executor = sim_executor(CLUSTERS[cluster], served, kv_blocks)
+        executor = sim_executor(CLUSTERS[cluster], served, kv_blocks, prefix_cache=cache)
         for output in executor.serve(asked, strategy("fifo"), DirectPlanner()):
             served.take([output])
             if isinstance(output, Finished) and len(served.ends) in cancelled:
@@ -123,6 +125,40 @@ def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
         assert tokens == request.max_output_tokens or reason is FinishReason.CANCELLED
 
 
+@pytest.mark.parametrize("eviction", policies.known())
+def test_what_is_cached_is_not_computed_again(eviction):
+    asked = [
+        Request(id=f"r{i}", prompt=range(64 + i), max_output_tokens=3, arrival_us=i * 10**6)
+        for i in range(5)
+    ]
+    served = simulate(ONE, asked, prefix_cache="on", eviction=eviction)
+    computed = sum(end - begin for report in steps_of(served) for _, begin, end in report.chunks)
+    assert computed == 64 + 1 + 2 + 3 + 4
+    assert [reused for report in steps_of(served) for reused in report.reused] == [
+        ("r1", 64),
+        ("r2", 64),
+        ("r3", 64),
+        ("r4", 64),
+    ]
+    cached = set()
+    for event in served.events:
+        if isinstance(event, KVCached):
+            assert cached.isdisjoint(event.stored)
+            assert cached.issuperset(event.evicted)
+            cached = (cached | set(event.stored)) - set(event.evicted)
+    assert cached == set(block_hashes(range(64), 16))
+
+
+def test_a_small_cache_gives_way_to_requests():
+    asked = [
+        Request(id=f"r{i}", prompt=range(i, i + 300), max_output_tokens=9, arrival_us=i * 10**6)
+        for i in range(5)
+    ]
+    served = simulate(ONE, asked, kv_blocks=22, prefix_cache="on")
+    assert any(isinstance(event, KVCached) and event.evicted for event in served.events)
+    assert {reason for reason, _, _ in ends_of(served).values()} == {FinishReason.LENGTH}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -131,6 +167,7 @@ def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
         ({"flops_per_s": "0"}, "flops_per_s='0': more than 0"),
         ({"link_bytes_per_s": "0"}, "link_bytes_per_s='0': more than 0"),
         ({"prefix_cache": "maybe"}, "prefix_cache='maybe': on or off"),
+        ({"prefix_cache": "on", "eviction": "lry"}, "no eviction policy 'lry'; did you mean 'lru'"),
     ],
 )
 def test_a_wrong_option_is_named(options, said):

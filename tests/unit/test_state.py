@@ -239,6 +239,12 @@ class TableMachine(RuleBasedStateMachine):
             self.table.move(row, data.draw(st.integers(0, 1)), arriving)
             self.table.decode_at(row, data.draw(st.integers(0, 1)))
 
+    @rule(data=st.data(), instance=st.integers(0, 1), tokens=st.integers(0, 9))
+    def cache(self, data, instance, tokens):
+        if names := self.waiting + self.running:
+            row = self.rows[data.draw(st.sampled_from(names))]
+            self.table.cached([row], instance, tokens)
+
     @rule(data=st.data())
     def remove(self, data):
         names = self.waiting + self.running
@@ -265,11 +271,21 @@ class TableMachine(RuleBasedStateMachine):
             rows = [self.rows[name] for name in view.ids]
             for name, column in columns_of(view).items():
                 stored = {"generate_tokens": "remaining_tokens"}.get(name, name)
-                assert (
-                    column == getattr(self.table, stored)[rows].tolist()
-                    or name == "remaining_tokens"
+                assert column == getattr(self.table, stored)[rows].tolist() or name in (
+                    "remaining_tokens",
+                    "cached_tokens",
                 )
             self.shown = [*self.shown[-4:], (view, columns_of(view))]
+
+    @invariant()
+    def what_is_cached_is_seen_until_a_prompt_is_begun(self):
+        cached, row_of = self.table.cached_tokens, self.rows
+        waiting, running = self.table.waiting(), self.table.running()
+        expected = [cached[row_of[name]].tolist() for name in waiting.ids]
+        assert self.table.waiting_cached_tokens().tolist() == expected
+        at = zip(running.ids, running.instance, running.computed_tokens, strict=True)
+        expected = [cached[row_of[name], i] if not begun else 0 for name, i, begun in at]
+        assert running.cached_tokens.tolist() == expected
 
     @invariant()
     def blocks_are_counted_as_if_anew(self):

@@ -29,7 +29,6 @@ from sagec.runtime.plan import (  # noqa: E402
     SWAP,
     Acceleration,
     Evictions,
-    Reuses,
 )
 from sagec.runtime.request import FinishReason, Sampling  # noqa: E402
 from tests.checkpoints import byte_tokenizer, checkpoint, generate, reference  # noqa: E402
@@ -174,7 +173,7 @@ def test_a_stop_token_ends_the_output_and_is_no_part_of_it(one):
     events = run(one)
     assert outputs(events)["a"] == EXPECTED["a"][:first]
     assert finished(events) == {"a": FinishReason.STOP, "b": FinishReason.LENGTH}
-    assert one.residents.pool.num_used == 0
+    assert one.residents.pool.num_held == 0
 
 
 def test_the_eos_of_the_model_ends_the_output(tmp_path: Path):
@@ -215,6 +214,24 @@ def test_a_stop_string_may_span_a_hand_over(tmp_path: Path):
     events = hand_over(*sides, request("a", A, stop_strings=(stop,)))
     assert outputs(events)["a"] == EXPECTED["a"][:2]
     assert finished(events) == {"a": FinishReason.STOP}
+
+
+@pytest.mark.parametrize(("resumed", "count"), [(1, 1), (0, 9)])
+def test_a_stop_string_may_begin_in_the_output_before_a_restart(
+    resumed: int, count: int, tmp_path: Path
+):
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    made, prompt = engine("i0", folder), A + EXPECTED["a"][:1]
+    stop = bytes(EXPECTED["a"][:2]).decode()
+    assert stop not in bytes(EXPECTED["a"][1:10]).decode()
+    made.submit(
+        plan("i0", {"a": len(prompt)}, chunks=[(0, "a", 0, len(prompt))], decodes={"a": 200}),
+        [request("a", prompt, 9, stop_strings=(stop,), resumed_tokens=resumed)],
+    )
+    assert outputs(run(made))["a"] == EXPECTED["a"][1 : 1 + count]
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(one):
@@ -310,7 +327,7 @@ def test_a_newer_plan_takes_over_at_the_next_step(one):
     assert [step.plan_id for step in steps(events)][:4] == ["first", "first", "second", "second"]
     assert [event.plan_id for event in of(PlanDone, events)] == ["first", "second"]
     assert one.residents.rows["a"].computed == 7  # kept, though no plan names it
-    assert one.residents.pool.num_used == 1
+    assert one.residents.pool.num_held == 1
 
 
 def test_what_plans_preempt_happens_though_a_newer_one_comes_at_once(one):
@@ -361,12 +378,24 @@ def test_a_request_that_nobody_sent_fails(one):
 UNSUPPORTED = [
     ({"target_instance_id": "other"}, "is for 'other'; this is 'i0'"),
     ({"max_step_tokens": 0}, "max_step_tokens is 0; 1 at least"),
-    ({"reuses": Reuses(row=column([0]), tokens=column([4]))}, "reuses: the torch engine has no"),
-    ({"evictions": Evictions(block_hash=column([4]))}, "evictions: the torch engine has no prefix"),
     ({"acceleration": Acceleration(draft_tokens=2)}, "acceleration: the torch engine computes"),
     ({"acceleration": Acceleration(kv_dtype="fp8")}, "kv_dtype 'fp8': KV has the model's dtype"),
     ({"request_ids": ("a",)}, "rows has 2 rows for 1 request_ids; one each"),
 ]
+
+
+UNCACHED = [
+    ({"evictions": Evictions(block_hash=column([4]))}, "evictions: 'i0' has no prefix cache"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UNCACHED)
+def test_a_plan_for_a_cache_is_refused_where_it_is_off(changes, message: str):
+    made = engine("i0", checkpoint("llama"), prefix_cache="off")
+    made.submit(msgspec.structs.replace(both(), **changes), requests())
+    *failed, _ = run(made)
+    assert all(message in error for error in errors(failed).values())
+    assert {*errors(failed)} == {"a", "b"}
 
 
 @pytest.mark.parametrize(("changes", "message"), UNSUPPORTED)
@@ -384,10 +413,10 @@ def test_a_plan_that_this_engine_cannot_run_is_refused(one, changes, message: st
 def test_a_plan_reserves_its_blocks_and_gives_back_the_rest(one):
     one.submit(both(num_steps=1, kv_blocks={"a": 10, "b": 20}), requests())
     run(one)
-    assert one.residents.pool.num_used == 30
+    assert one.residents.pool.num_held == 30
     one.submit(both(chunks=(), num_steps=1, kv_blocks={"a": 2, "b": 0}))
     run(one)
-    assert one.residents.pool.num_used == 3
+    assert one.residents.pool.num_held == 3
 
 
 def test_a_row_that_a_plan_does_not_name_keeps_its_kv_and_no_more(one):
@@ -396,7 +425,7 @@ def test_a_row_that_a_plan_does_not_name_keeps_its_kv_and_no_more(one):
     one.submit(plan("i0", {"b": 3}, decodes={"b": 4}, kv_blocks={"b": 5}))
     run(one)
     assert one.residents.pool.held(one.residents.rows["a"].slot) == 1
-    assert one.residents.pool.num_used == 6
+    assert one.residents.pool.num_held == 6
 
 
 def test_a_row_without_room_waits_and_goes_on_when_there_is():
@@ -529,7 +558,7 @@ def test_a_handle_says_all_that_is_needed_to_go_on(pair):
     assert (handle.source, handle.target, handle.request.id) == ("p0", "d0", "a")
     assert (handle.output, handle.computed_tokens) == (EXPECTED["a"][:1], 6)
     assert handle.layout == pair[1].capability().kv_layout
-    assert pair[0].residents.pool.num_used == 0
+    assert pair[0].residents.pool.num_held == 0
 
 
 def test_a_request_that_ends_with_its_first_token_is_not_handed_over(pair):
@@ -643,7 +672,7 @@ def test_kv_that_is_not_what_its_handle_says_is_refused(pair, spoil, message: st
     events = run(decode)
     assert message in errors(events)["a"]
     assert not outputs(events)
-    assert decode.residents.pool.num_used == 0
+    assert decode.residents.pool.num_held == 0
 
 
 def test_kv_of_another_model_is_refused(pair):

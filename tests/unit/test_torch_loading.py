@@ -275,6 +275,13 @@ OPTION_ERRORS = [
     ({"threads": "0"}, "threads 0; 1 at least"),
     ({"dtype": "int8"}, "dtype 'int8'; it can be auto, float32, bfloat16, float16"),
     ({"native": "yes"}, "native 'yes'; it can be auto, on, off"),
+    ({"prefix_cache": "maybe"}, "prefix_cache 'maybe'; it can be on, off"),
+    ({"migration": "never"}, "migration 'never'; it can be always, where-it-pays"),
+    ({"host_blocks": "-1"}, "host_blocks -1; 0 (none) or more"),
+    ({"eviction": "lur"}, "option eviction: no eviction policy 'lur'; did you mean 'lru'?"),
+    ({"quotas": "red"}, "quotas: 'red'; a tenant's is like acme=40, in blocks"),
+    ({"disk_blocks": "4", "spool": "/absent"}, "4 disk_blocks in spool '/absent': [Errno 2]"),
+    ({"host_blocks": "9" * 15}, "no place for 999999999999999 host_blocks and 0 disk_blocks"),
     ({"device": "abacus"}, "device 'abacus': Expected one of cpu, cuda"),
     ({"channel": "pigeon"}, "option channel: no channel 'pigeon'; there are: local, shared-memory"),
 ]

@@ -16,8 +16,8 @@ from sagec.runtime.engines.torch.checkpoint import LayerWeights  # noqa: E402
 from sagec.runtime.engines.torch.config import ModelConfig, Rope  # noqa: E402
 from sagec.runtime.engines.torch.kernels import TorchKernels  # noqa: E402
 from sagec.runtime.engines.torch.linear import Linear  # noqa: E402
-from sagec.runtime.engines.torch.pool import BlockPool  # noqa: E402
 from sagec.runtime.engines.torch.rope import rope_table  # noqa: E402
+from sagec.runtime.kv.pool import BlockPool  # noqa: E402
 from tests.checkpoints import checkpoint  # noqa: E402
 from tests.torch_engines import engine  # noqa: E402
 

@@ -7,9 +7,11 @@ from sagec.runtime.clock import Clock, VirtualClock
 from sagec.runtime.engines import (
     Cancelled,
     Capability,
+    EngineError,
     Event,
     Failed,
     InstanceSpec,
+    KVCached,
     KVExported,
     KVHandle,
     KVImported,
@@ -18,9 +20,10 @@ from sagec.runtime.engines import (
     StepReport,
 )
 from sagec.runtime.engines.sim.options import read_options
-from sagec.runtime.engines.sim.residents import Residents, exceeds
+from sagec.runtime.engines.sim.residents import Residents
 from sagec.runtime.engines.sim.row import Row
 from sagec.runtime.engines.sim.running import RunningPlan, Stretch
+from sagec.runtime.kv.policies import PolicyError
 from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError
 from sagec.runtime.request import FinishReason, Request
 
@@ -37,7 +40,11 @@ class SimEngine:
         """Raises EngineError where an option is wrong."""
         self._id, self._clock = spec.id, clock
         self._options = read_options(spec)
-        self._residents = Residents(spec.kv_blocks, spec.block_tokens)
+        eviction = self._options.eviction if self._options.cache else ""
+        try:
+            self._residents = Residents(spec.kv_blocks, spec.block_tokens, eviction)
+        except PolicyError as error:
+            raise EngineError(f"instance {spec.id!r}: {error}") from None
         self._kv_bytes = self._options.cost.kv_bytes_per_token
         self._running: RunningPlan | None = None
         self._stretch: Stretch | None = None
@@ -52,6 +59,7 @@ class SimEngine:
             kv_layout=f"sim:{spec.block_tokens}",
             kv_bytes_per_token=round(self._kv_bytes),
             max_context_tokens=spec.kv_blocks * spec.block_tokens,
+            caches_prefixes=self._options.cache,
         )
 
     def capability(self) -> Capability:
@@ -70,6 +78,9 @@ class SimEngine:
         if not isinstance(self._clock, VirtualClock):
             self._wait(timeout_s)
         self._turn(self._clock.now_us())
+        stored, evicted = self._residents.take_changes()
+        if stored or evicted:
+            self._events.append(KVCached(instance=self._id, stored=stored, evicted=evicted))
         events, self._events = self._events, []
         return events
 
@@ -141,6 +152,7 @@ class SimEngine:
         advanced = [self._advance(row, steps) for row in stretch.decodes]
         for row, _, end in stretch.chunks:
             row.computed = end
+            self._residents.store(row)
             if end == row.num_tokens:
                 advanced.append((row.request.id, row.num_output, 1))
                 row.num_tokens += 1
@@ -158,8 +170,10 @@ class SimEngine:
                 kv_blocks_used=self._residents.used_blocks,
                 steps=steps,
                 advanced=tuple(advanced),
+                reused=tuple(self._residents.reused),
             )
         )
+        self._residents.reused.clear()
         for request_id, _ in finished:
             self._leave(request_id)
         self._export_ready(running, end_us)
@@ -205,7 +219,7 @@ class SimEngine:
         for request in requests:
             self._received.pop(request.id, None)
             self._gone.pop(request.id, None)
-            if error := exceeds(self._residents, request):
+            if error := self._residents.refusal(request):
                 self._fail(request.id, error)
             else:
                 self._residents.add(request)
@@ -213,6 +227,7 @@ class SimEngine:
             raise PlanError(f"plan {plan.plan_id}: for {plan.target_instance_id!r}, not {self._id}")
         self._running = running = RunningPlan(plan)
         self._preempt(plan)
+        self._residents.evict(plan.evictions.block_hash.tolist())
         self._residents.keep_only(running.kv_blocks)
         for request_id in plan.request_ids:
             places = (self._residents.rows, self._received, self._gone, running.imports)
@@ -225,7 +240,7 @@ class SimEngine:
         for index, how in zip(*columns, strict=True):
             if (row := self._residents.rows.get(plan.request_ids[index])) is None:
                 continue
-            self._residents.hold(row, 0)
+            self._residents.let_go(row)
             row.swapped = how == SWAP
             if how != SWAP:
                 row.computed = 0

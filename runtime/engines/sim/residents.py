@@ -1,26 +1,58 @@
-"""The requests on a simulated instance, and how many KV blocks they hold."""
+"""The requests on a simulated instance, and the KV blocks that they and the prefix cache hold."""
+
+from collections.abc import Iterable, Sequence
 
 from sagec.runtime.engines.sim.row import Row
+from sagec.runtime.kv import block_hashes, policies
+from sagec.runtime.kv.prefix_index import CachedBlock, PrefixIndex
 from sagec.runtime.request import Request
 
 
 class Residents:
-    """Rows by request id. Blocks are counted, not named."""
+    """Rows by request id. Blocks are counted; only those of the prefix cache have names.
 
-    def __init__(self, kv_blocks: int, block_tokens: int) -> None:
+    A block is free, one row's own, or cached; rows hold cached blocks together.
+    """
+
+    def __init__(self, kv_blocks: int, block_tokens: int, eviction: str = "") -> None:
+        """eviction: the policy of the prefix cache; "": there is none. Raises PolicyError."""
         self.kv_blocks, self.block_tokens = kv_blocks, block_tokens
         self.room_tokens = kv_blocks * block_tokens
         self.rows: dict[str, Row] = {}
-        self.used_blocks = 0
+        self.reused: list[tuple[str, int]] = []
+        self._own_blocks = self._pinned_blocks = 0
+        self._index: PrefixIndex | None = None
+        if eviction:
+            self._index = PrefixIndex(policies.create(eviction, kv_blocks), block_tokens)
+        self._stored: dict[int, None] = {}
+        self._evicted: dict[int, None] = {}
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that requests hold."""
+        return self._own_blocks + self._pinned_blocks
+
+    @property
+    def _free_blocks(self) -> int:
+        cached = len(self._index) if self._index is not None else 0
+        return self.kv_blocks - self._own_blocks - cached
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def refusal(self, request: Request) -> str:
+        """Why the instance can never serve the request; "" where it can."""
+        if len(request.prompt) < self.room_tokens:
+            return ""
+        return (
+            f"a prompt of {len(request.prompt)} tokens leaves no room for an answer in "
+            f"{self.room_tokens} tokens of context"
+        )
+
     def add(self, request: Request, output_tokens: int = 0) -> Row:
         """A row for `request` without KV; what was here of it is forgotten."""
-        if request.id in self.rows:
-            self.drop(request.id)
+        self.drop(request.id)
         prompt = len(request.prompt)
         limit = self.room_tokens
         if request.max_output_tokens is not None:
@@ -29,25 +61,59 @@ class Residents:
         return row
 
     def drop(self, request_id: str) -> None:
-        """Forget a request and free its blocks."""
+        """Forget a request and free its blocks; what is cached of it stays."""
         if row := self.rows.pop(request_id, None):
-            self.hold(row, 0)
+            self.let_go(row)
 
-    def hold(self, row: Row, blocks: int) -> None:
-        """Have the row hold exactly so many blocks."""
-        self.used_blocks += blocks - row.blocks
-        row.blocks = blocks
+    def let_go(self, row: Row) -> None:
+        """Have the row hold no block."""
+        self._hold(row, len(row.leased))
+        if self._index is not None and row.leased:
+            self._index.unpin(row.leased)
+            self._pinned_blocks -= sum(not block.pins for block in row.leased)
+            row.leased = []
+        row.blocks = 0
+
+    def begin(self, row: Row) -> None:
+        """Give a row that holds nothing yet the longest cached prefix of its prompt."""
+        if self._index is None or row.blocks or row.computed:
+            return
+        limit = (row.num_tokens - 1) // self.block_tokens
+        found = self._index.lookup(self._hashes(row)[:limit])
+        if found:
+            self._lease(row, found)
+            row.blocks = len(found)
+            row.computed = len(found) * self.block_tokens
+            self.reused.append((row.request.id, row.computed))
+
+    def store(self, row: Row) -> None:
+        """Cache the whole blocks of the prompt that the row has computed."""
+        if self._index is None:
+            return
+        have = len(row.leased)
+        new = self._hashes(row)[have : row.computed // self.block_tokens]
+        if not new or (row.leased and not row.leased[-1].is_cached):
+            return
+        before = [block_hash in self._index for block_hash in new]
+        blocks = self._index.insert(new, after=row.leased[-1] if have else None)
+        self._own_blocks -= len(blocks)
+        self._lease(row, [*row.leased, *blocks])
+        for block_hash, was_there in zip(new[: len(blocks)], before, strict=False):
+            if not was_there:
+                _change(block_hash, self._stored, self._evicted)
 
     def make_room(self, row: Row, tokens: int, reserved: int = 0) -> bool:
-        """Have blocks for the row's first `tokens` tokens, and those reserved for it where there
-        are; false where there are too few."""
+        """Have blocks for the row's first `tokens` tokens, and those reserved for it where they
+        are free; false where there are too few."""
         needed = self.blocks_for(tokens)
         if row.blocks >= max(needed, 1):
             return True
-        free = self.kv_blocks - self.used_blocks
-        if needed - row.blocks > free:
-            return False
-        self.hold(row, max(needed, min(reserved, row.blocks + free)))
+        more = needed - row.blocks
+        if more > self._free_blocks:
+            self._evict(more - self._free_blocks)
+            if more > self._free_blocks:
+                return False
+        self._hold(row, max(needed, min(reserved, row.blocks + self._free_blocks)))
         row.swapped = False
         return True
 
@@ -55,20 +121,65 @@ class Residents:
         """Take back blocks that hold no KV and that the new plan does not reserve."""
         for request_id, row in self.rows.items():
             filled = 0 if row.swapped else self.blocks_for(row.computed)
-            self.hold(row, max(filled, min(row.blocks, reserved.get(request_id, 0))))
+            self._hold(row, max(filled, min(row.blocks, reserved.get(request_id, 0))))
+
+    def evict(self, hashes: Iterable[int]) -> None:
+        """Drop cached blocks, unless they are in use."""
+        for block_hash in hashes:
+            block = self._index.find(block_hash) if self._index is not None else None
+            if self._index is not None and block is not None and block.may_go:
+                self._note_gone(self._index.invalidate(block_hash))
+
+    def take_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Hashes cached, and no longer cached, since this was asked last."""
+        changes = tuple(self._stored), tuple(self._evicted)
+        self._stored.clear()
+        self._evicted.clear()
+        return changes
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless the blocks that are held are those of the rows."""
-        held = sum(row.blocks for row in self.rows.values())
-        if held != self.used_blocks or held > self.kv_blocks:
-            raise AssertionError(f"{self.used_blocks} of {self.kv_blocks} blocks, rows hold {held}")
+        """Raise AssertionError unless every block is accounted for."""
+        own = sum(row.blocks - len(row.leased) for row in self.rows.values())
+        if own != self._own_blocks or self._free_blocks < 0:
+            raise AssertionError(f"{self._own_blocks} of {self.kv_blocks} blocks, rows own {own}")
+        if self._index is not None:
+            self._index.check_integrity()
+        pinned = {block.hash for row in self.rows.values() for block in row.leased}
+        if len(pinned) != self._pinned_blocks:
+            raise AssertionError(f"{self._pinned_blocks} blocks pinned, rows lease {len(pinned)}")
+
+    def _hashes(self, row: Row) -> Sequence[int]:
+        if row.hashes is None:
+            given = row.request.block_hashes
+            prompt, adapter = row.request.prompt, row.request.adapter
+            row.hashes = given or block_hashes(prompt, self.block_tokens, adapter)
+        return row.hashes
+
+    def _lease(self, row: Row, blocks: list[CachedBlock]) -> None:
+        assert self._index is not None
+        new = blocks[len(row.leased) :]
+        self._pinned_blocks += sum(not block.pins for block in new)
+        self._index.pin(new)
+        row.leased = blocks
+
+    def _hold(self, row: Row, blocks: int) -> None:
+        """Have the row hold so many blocks, those of the cache among them."""
+        blocks = max(blocks, len(row.leased))
+        self._own_blocks += blocks - row.blocks
+        row.blocks = blocks
+
+    def _evict(self, count: int) -> None:
+        if self._index is not None:
+            self._note_gone(self._index.evict(count))
+
+    def _note_gone(self, blocks: Iterable[CachedBlock]) -> None:
+        for block in blocks:
+            _change(block.hash, self._evicted, self._stored)
 
 
-def exceeds(residents: Residents, request: Request) -> str:
-    """Why the instance can never hold the request's prompt; "" where it can."""
-    if len(request.prompt) < residents.room_tokens:
-        return ""
-    return (
-        f"a prompt of {len(request.prompt)} tokens leaves no room for an answer in "
-        f"{residents.room_tokens} tokens of context"
-    )
+def _change(block_hash: int, to: dict[int, None], undone: dict[int, None]) -> None:
+    """Note a change; one that undoes an earlier one that nobody was told of cancels it."""
+    if block_hash in undone:
+        del undone[block_hash]
+    else:
+        to[block_hash] = None

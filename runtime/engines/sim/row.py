@@ -1,15 +1,17 @@
 """A request on a simulated instance: how far it is, in tokens and blocks."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from sagec.runtime.kv.prefix_index import CachedBlock
 from sagec.runtime.request import Request
 
 
 @dataclass(slots=True)
 class Row:
     """num_tokens: prompt and output. computed: of them, how many have KV here, or on the host while
-    `swapped`. limit: tokens at which it ends. blocks: those that it holds, of which the first
-    `shared` belong to the prefix cache.
+    `swapped`. limit: tokens at which it ends. blocks: those that it holds, of which the first,
+    `leased`, are in the prefix cache. hashes: of its prompt's blocks, once somebody asked.
     """
 
     request: Request
@@ -17,8 +19,9 @@ class Row:
     limit: int
     computed: int = 0
     blocks: int = 0
-    shared: int = 0
     swapped: bool = False
+    leased: list[CachedBlock] = field(default_factory=list)
+    hashes: Sequence[int] | None = None
 
     @property
     def num_output(self) -> int:

@@ -104,7 +104,10 @@ class RunningPlan:
         chunks: list[Chunk] = []
         for request_id, end in self._chunks.get(step, ()):
             row = residents.rows.get(request_id)
-            if row is None or row.computed >= end or end > row.num_tokens:
+            if row is None or end > row.num_tokens:
+                continue
+            residents.begin(row)
+            if row.computed >= end:
                 continue
             if residents.make_room(row, end, self.kv_blocks[request_id]):
                 chunks.append((row, row.computed, end))

@@ -1,11 +1,11 @@
 """The reference engine: Llama, Qwen2 and Qwen3 checkpoints on torch, one KV tensor a layer.
 
 What each file holds, in the order data passes: config (config.json), checkpoint (safetensors to
-weights), rope, pool (KV blocks), batch (what one step computes, flattened), model (the forward
-pass) over linear (matrix products) and kernels (the rest, in torch) or native (in C, kernels.c,
-where a compiler is found), sampling, text (stop strings), row (a request here), residents (the
-rows and their blocks), running (a plan under way), transfer (KV out and in), loading, engine
-(plans to steps to events).
+weights), rope, batch (what one step computes, flattened), model (the forward pass) over linear
+(matrix products) and kernels (the rest, in torch) or native (in C, kernels.c, where a compiler is
+found), sampling, text (stop strings), row (a request here), residents (the rows and their blocks,
+which are those of runtime/kv), running (a plan under way), transfer (KV out and in), loading,
+engine (plans to steps to events).
 """
 
 from sagec.runtime.engines import Engine, EngineError, InstanceSpec
@@ -15,8 +15,12 @@ def create(spec: InstanceSpec) -> Engine:
     """A torch engine with the checkpoint of `spec` loaded, ready for plans.
 
     Options: dtype ("auto", float32, bfloat16, float16), device ("cpu", "cuda"), threads ("1"),
-    channel ("shared-memory", "local"), native ("auto": C kernels where a
-    compiler is found, "on", "off").
+    channel ("shared-memory", "local"), native ("auto": C kernels where a compiler is found, "on",
+    "off"), prefix_cache ("on": KV of whole blocks stays until its room is needed, "off"), eviction
+    ("lru", or another policy of runtime/kv/policies), host_blocks and disk_blocks ("0": for cached
+    blocks that the device has no room for), spool ("": folder of the disk's file), migration
+    ("always", "where-it-pays": which blocks move there), quotas ("": the most KV blocks that the
+    requests of some tenants may hold, as in "acme=40,other=20").
 
     Raises EngineError where torch is missing, an option is unknown or the checkpoint is malformed.
     """

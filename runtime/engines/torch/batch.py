@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sagec.runtime.engines.torch.pool import BlockPool
+from sagec.runtime.kv.pool import BlockPool
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

@@ -1,9 +1,10 @@
 """The engine: plans in, one step a poll, events out."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sagec.runtime.clock import WallClock
 from sagec.runtime.comm import Channel, ChannelError, open_channel
+from sagec.runtime.cursor import Pick, PlanCursor
 from sagec.runtime.engines import (
     Cancelled,
     Capability,
@@ -11,6 +12,7 @@ from sagec.runtime.engines import (
     Event,
     Failed,
     InstanceSpec,
+    KVCached,
     KVExported,
     KVHandle,
     KVImported,
@@ -22,9 +24,9 @@ from sagec.runtime.engines.torch.batch import Span, build_batch
 from sagec.runtime.engines.torch.loading import load_residents, read_options
 from sagec.runtime.engines.torch.residents import Refused, Residents
 from sagec.runtime.engines.torch.row import Row
-from sagec.runtime.engines.torch.running import Pick, RunningPlan
 from sagec.runtime.engines.torch.sampling import draw, sample
 from sagec.runtime.engines.torch.transfer import check_layout, receive_kv, send_kv
+from sagec.runtime.kv.prefix_cache import PrefixCache
 from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError, check
 from sagec.runtime.request import FinishReason, Request
 
@@ -52,7 +54,7 @@ class TorchEngine:
         except ChannelError as error:
             raise EngineError(f"instance {spec.id!r}: option channel: {error}") from None
         self._clock = WallClock()
-        self._running: RunningPlan | None = None
+        self._running: PlanCursor[Row] | None = None
         self._inbox: list[Message] = []
         self._received: dict[str, KVHandle] = {}
         self._gone: dict[str, int] = {}  # request that left -> number of plans then
@@ -100,6 +102,10 @@ class TorchEngine:
                         error=f"{type(error).__name__}: {' '.join(str(error).split())}",
                     )
                 )
+        if self._residents.cache is not None:
+            stored, evicted = self._residents.cache.take_changes()
+            if stored or evicted:
+                self._events.append(KVCached(instance=self._id, stored=stored, evicted=evicted))
         events, self._events = self._events, []
         return events
 
@@ -112,14 +118,19 @@ class TorchEngine:
         for id in list(self._received):
             self._discard(id)
         self._channel.close()
+        if self._residents.cache is not None:
+            self._residents.cache.close()
         self._residents.model.kv.clear()
         self._dead, self._running = True, None
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is free or one row's, and holds its KV."""
-        pool = self._residents.pool
-        pool.check_integrity()
-        for row in self._residents.rows.values():
+        """Raise AssertionError unless pool, rows and prefix cache agree, and KV has its blocks."""
+        pool, rows = self._residents.pool, self._residents.rows.values()
+        if self._residents.cache is None:
+            pool.check_integrity()
+        else:
+            self._residents.cache.check_integrity([row.prefix for row in rows])
+        for row in rows:
             if row.host_kv is None and pool.held(row.slot) < pool.blocks_for(row.computed):
                 raise AssertionError(f"{row.id}: {row.computed} tokens in too few blocks")
 
@@ -164,14 +175,15 @@ class TorchEngine:
             self._add(request)
         try:
             check(plan, f"plan {plan.plan_id!r}")
-            _refuse_unsupported(plan, self._id)
+            _refuse_unsupported(plan, self._id, self._residents.cache)
         except PlanError as error:
             for id in plan.request_ids:
                 self._fail(id, str(error))
             self._events.append(PlanDone(instance=self._id, plan_id=plan.plan_id))
             return
-        self._running = RunningPlan(plan)
+        self._running = PlanCursor(plan)
         self._preempt(plan)
+        self._migrate(plan)
         self._reserve(self._running)
         self._refuse_unknown(self._running)
 
@@ -201,19 +213,36 @@ class TorchEngine:
                 self._residents.swap_out(row)
             else:
                 self._residents.forget_kv(row)
-            self._events.append(Preempted(instance=self._id, request_id=row.id))
+            self._events.append(
+                Preempted(instance=self._id, request_id=row.id, kept_tokens=row.computed)
+            )
 
-    def _reserve(self, running: RunningPlan) -> None:
-        """Give back blocks that the plan does not reserve, then take those that it does."""
-        rows = self._residents.rows
-        for resident in rows.values():
-            self._residents.release(resident, running.kv_blocks.get(resident.id, 0))
-        computing = running.computing_ids
-        for id, blocks in running.kv_blocks.items():
-            if id in computing and (row := rows.get(id)):
-                self._residents.reserve(row, blocks)
+    def _migrate(self, plan: ExecutionPlan) -> None:
+        """Drop and move cached blocks as the plan says, as far as they are where it thinks."""
+        cache, moves = self._residents.cache, plan.migrations
+        if cache is not None:
+            cache.evict(plan.evictions.block_hash.tolist())
+            columns = (moves.block_hash, moves.source_tier, moves.target_tier)
+            cache.migrate(zip(*(column.tolist() for column in columns), strict=True))
 
-    def _refuse_unknown(self, running: RunningPlan) -> None:
+    def _reserve(self, running: PlanCursor[Row]) -> None:
+        """Give back blocks that the plan does not reserve, then take those that it does.
+
+        Rows hold what they find in the prefix cache before any takes the room of what is cached.
+        """
+        residents, computing = self._residents, running.computing_ids
+        for row in residents.rows.values():
+            if row.computed and not row.started and row.id not in computing:
+                residents.forget_kv(row)  # what it found is whose who needs the room
+            residents.release(row, running.kv_blocks.get(row.id, 0))
+        rows = [residents.rows[id] for id in running.kv_blocks if id in residents.rows]
+        rows = [row for row in rows if row.id in computing]
+        for row in rows:
+            residents.reuse(row, counted=False)
+        for row in rows:
+            residents.reserve(row, running.kv_blocks[row.id])
+
+    def _refuse_unknown(self, running: PlanCursor[Row]) -> None:
         """Fail what the plan names though nobody sent the request, and nobody will send its KV."""
         places = (self._residents.rows, self._received, self._gone, running.imported_ids)
         for id in running.plan.request_ids:
@@ -225,7 +254,7 @@ class TorchEngine:
         for id in [id for id, when in self._gone.items() if when < oldest]:
             del self._gone[id]
 
-    def _import_waiting(self, running: RunningPlan) -> None:
+    def _import_waiting(self, running: PlanCursor[Row]) -> None:
         """Take in KV, in the order of its arrival, until one finds no room."""
         for id in [id for id in self._received if id in running.kv_blocks]:
             handle = self._received[id]
@@ -245,16 +274,18 @@ class TorchEngine:
         needed = pool.blocks_for(handle.computed_tokens + 1)
         if needed > pool.num_blocks:
             raise Refused(f"its KV needs {needed} blocks; there are {pool.num_blocks}")
-        if min(max(needed, blocks), pool.num_blocks) > pool.num_free:
-            return False
         row = residents.add(handle.request, handle.output)
-        row.computed = handle.computed_tokens
-        residents.reserve(row, min(max(needed, blocks), pool.num_blocks))
+        if not residents.grow(row, min(max(needed, blocks), pool.num_blocks)):
+            residents.drop(row)
+            return False
+        row.computed, row.started = handle.computed_tokens, True
         try:
             receive_kv(self._channel, residents.model.kv, residents.filled(row), handle)
         except ChannelError:
+            row.computed = 0  # what is in the blocks is nobody's KV, and not to be cached
             residents.drop(row)
             raise
+        residents.store(row)
         self._gone.pop(row.id, None)
         self._events.append(
             KVImported(
@@ -268,7 +299,7 @@ class TorchEngine:
         )
         return True
 
-    def _export_ready(self, running: RunningPlan) -> None:
+    def _export_ready(self, running: PlanCursor[Row]) -> None:
         """Send away the rows whose first token is sampled and whose KV is whole."""
         for id, peer in running.exports.items():
             row = self._residents.rows.get(id)
@@ -308,6 +339,8 @@ class TorchEngine:
         if running is None:
             return
         picks = running.next_picks(self._residents)
+        self._residents.missed_tokens += running.missed_tokens
+        running.missed_tokens = 0
         for id, error in running.failures:
             self._fail(id, error)
         running.failures.clear()
@@ -317,35 +350,62 @@ class TorchEngine:
             running.step += 1
             self._export_ready(running)
         if running.step >= running.plan.num_steps or not (picks or self._awaits(running)):
+            self._tell_reused(running)
             self._finish_plan(running)
             self._running = None
 
-    def _awaits(self, running: RunningPlan) -> bool:
+    def _awaits(self, running: PlanCursor[Row]) -> bool:
         """Whether KV may still arrive that the plan goes on with."""
         here = self._residents.rows.keys() | self._received.keys() | self._gone.keys()
         return bool((running.imported_ids & running.computing_ids) - here)
 
-    def _compute(self, running: RunningPlan, picks: list[Pick]) -> None:
+    def _compute(self, running: PlanCursor[Row], picks: list[Pick[Row]]) -> None:
         begin_us = self._clock.now_us()
         chunks = tuple((p.row.id, p.begin, p.end) for p in picks if not p.is_decode)
         decodes = tuple(p.row.id for p in picks if p.is_decode)
+        reused = _take_reused(pick.row for pick in picks)
         tokens, finished = self._settle(picks, self._sample(picks), running.exports)
+        end_us = self._clock.now_us()
+        if self._residents.cache is not None and not decodes:
+            self._residents.cache.computed(sum(p.end - p.begin for p in picks), end_us - begin_us)
         self._events.append(
             StepReport(
                 instance=self._id,
                 plan_id=running.plan.plan_id,
                 step=running.step,
                 begin_us=begin_us,
-                end_us=self._clock.now_us(),
+                end_us=end_us,
                 chunks=chunks,
                 decodes=decodes,
                 tokens=tuple(tokens),
                 finished=tuple(finished),
-                kv_blocks_used=self._residents.pool.num_used,
+                kv_blocks_used=self._residents.pool.num_held,
+                reused=reused,
             )
         )
 
-    def _sample(self, picks: list[Pick]) -> list[tuple[Row, int]]:
+    def _tell_reused(self, running: PlanCursor[Row]) -> None:
+        """Tell of rows that computed nothing, for the cache had all that the plan wants of them.
+
+        Without this step, which took no time, whoever plans would ask for the same tokens again.
+        """
+        rows = self._residents.rows
+        reused = _take_reused(rows[id] for id in running.plan.request_ids if id in rows)
+        if reused:
+            now_us = self._clock.now_us()
+            self._events.append(
+                StepReport(
+                    instance=self._id,
+                    plan_id=running.plan.plan_id,
+                    step=running.step,
+                    begin_us=now_us,
+                    end_us=now_us,
+                    kv_blocks_used=self._residents.pool.num_held,
+                    reused=reused,
+                )
+            )
+
+    def _sample(self, picks: list[Pick[Row]]) -> list[tuple[Row, int]]:
         """Compute the picked tokens; each row that samples, with its new token."""
         spans = [Span(p.row.slot, p.begin, p.row.tokens[p.begin : p.end], p.samples) for p in picks]
         model = self._residents.model
@@ -362,13 +422,15 @@ class TorchEngine:
         return list(zip(rows, sample(logits, samplings, draws), strict=True))
 
     def _settle(
-        self, picks: list[Pick], sampled: list[tuple[Row, int]], leaving: Collection[str]
+        self, picks: list[Pick[Row]], sampled: list[tuple[Row, int]], leaving: Collection[str]
     ) -> tuple[list[tuple[str, int, int]], list[tuple[str, FinishReason]]]:
         """Write the step down in the rows; the tokens to report, and the requests that ended."""
         tokens: list[tuple[str, int, int]] = []
         finished: list[tuple[str, FinishReason]] = []
         for pick in picks:
-            pick.row.computed = pick.end
+            pick.row.computed, pick.row.started = pick.end, True
+            if not pick.is_decode:
+                self._residents.store(pick.row)
         for row, token in sampled:
             index = row.num_output
             reason = row.append(token, row.id in leaving)
@@ -389,11 +451,24 @@ class TorchEngine:
         self._gone[id] = self._num_plans
         self._events.append(Failed(instance=self._id, request_id=id, error=error))
 
-    def _finish_plan(self, running: RunningPlan) -> None:
+    def _finish_plan(self, running: PlanCursor[Row]) -> None:
         self._events.append(PlanDone(instance=self._id, plan_id=running.plan.plan_id))
 
 
-def _refuse_unsupported(plan: ExecutionPlan, instance: str) -> None:
+def _take_reused(rows: Iterable[Row]) -> tuple[tuple[str, int], ...]:
+    """The rows that began with KV of the prefix cache, each told once, and with how many tokens.
+
+    What was told of is the row's own from now on: whoever plans relies on it.
+    """
+    found = []
+    for row in rows:
+        if row.reused:
+            found.append((row.id, row.reused))
+            row.reused, row.started = 0, True
+    return tuple(found)
+
+
+def _refuse_unsupported(plan: ExecutionPlan, instance: str, cache: PrefixCache | None) -> None:
     """Raise PlanError where the plan asks for what this engine cannot do."""
     source = f"plan {plan.plan_id!r}"
     if plan.target_instance_id != instance:
@@ -402,8 +477,14 @@ def _refuse_unsupported(plan: ExecutionPlan, instance: str) -> None:
         raise PlanError(f"{source}: max_step_tokens is {plan.max_step_tokens}; 1 at least")
     wishes = plan.acceleration
     for name, table in plan.tables():
-        if name in ("reuses", "evictions", "migrations") and len(table):
-            raise PlanError(f"{source}: {name}: the torch engine has no prefix cache")
+        if name in ("evictions", "migrations") and len(table) and cache is None:
+            raise PlanError(f"{source}: {name}: {instance!r} has no prefix cache; it is off")
+    for tier in {*plan.migrations.source_tier.tolist(), *plan.migrations.target_tier.tolist()}:
+        if cache is not None and not cache.has_tier(tier):
+            raise PlanError(
+                f"{source}: migrations: {instance!r} has no blocks in tier {tier} (0 device, 1 "
+                "host, 2 disk); options host_blocks and disk_blocks give it some"
+            )
     if wishes.quantization != "none" or wishes.draft_tokens or wishes.cuda_graph:
         raise PlanError(f"{source}: acceleration: the torch engine computes plainly; ask for none")
     if wishes.kv_dtype != "auto":

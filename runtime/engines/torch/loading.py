@@ -9,20 +9,29 @@ import torch
 from sagec.runtime.engines import Capability, EngineError, InstanceSpec
 from sagec.runtime.engines.torch.checkpoint import load_weights
 from sagec.runtime.engines.torch.config import DTYPES, ModelConfig, read_config
+from sagec.runtime.engines.torch.device_blocks import TorchBlocks
 from sagec.runtime.engines.torch.kernels import Kernels, TorchKernels
 from sagec.runtime.engines.torch.model import Model
 from sagec.runtime.engines.torch.native import NativeKernels, Unbuilt
-from sagec.runtime.engines.torch.pool import BlockPool
 from sagec.runtime.engines.torch.residents import Residents
 from sagec.runtime.engines.torch.rope import rope_table
 from sagec.runtime.engines.torch.transfer import kv_layout
+from sagec.runtime.kv.demotion import Always, Demotion, WhereItPays
+from sagec.runtime.kv.policies import PolicyError, create
+from sagec.runtime.kv.pool import BlockPool
+from sagec.runtime.kv.prefix_cache import PrefixCache
+from sagec.runtime.kv.prefix_index import PrefixIndex
+from sagec.runtime.kv.tiers import Tiers
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What `InstanceSpec.options` may say to this engine.
 
     native: "auto" builds the C kernels where a compiler is found, "on" insists, "off" stays in
-    torch.
+    torch. eviction: a policy's name. host_blocks, disk_blocks: cached blocks that the device has no
+    room for; the latter lie in a file in the folder `spool` ("": the system's for such files).
+    migration: "always", or "where-it-pays" by what is learned of reuse and measured of copies.
+    quotas: tenant=blocks, separated by commas.
     """
 
     dtype: str = "auto"
@@ -30,6 +39,20 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     channel: str = "shared-memory"
     native: str = "auto"
+    prefix_cache: str = "on"
+    eviction: str = "lru"
+    host_blocks: int = 0
+    disk_blocks: int = 0
+    spool: str = ""
+    migration: str = "always"
+    quotas: str = ""
+
+
+_WORDS = {
+    "native": ("auto", "on", "off"),
+    "prefix_cache": ("on", "off"),
+    "migration": ("always", "where-it-pays"),
+}
 
 
 def read_options(spec: InstanceSpec) -> Options:
@@ -50,11 +73,15 @@ def read_options(spec: InstanceSpec) -> Options:
         )
     if options.threads < 1:
         raise EngineError(f"{place}: threads {options.threads}; 1 at least")
-    if options.native not in ("auto", "on", "off"):
-        raise EngineError(f"{place}: native {options.native!r}; it can be auto, on, off")
+    for name, words in _WORDS.items():
+        if (word := getattr(options, name)) not in words:
+            raise EngineError(f"{place}: {name} {word!r}; it can be {', '.join(words)}")
     for name, value in (("kv_blocks", spec.kv_blocks), ("block_tokens", spec.block_tokens)):
         if value < 1:
             raise EngineError(f"{place}: {name} {value}; 1 at least")
+    for name in ("host_blocks", "disk_blocks"):
+        if (value := getattr(options, name)) < 0:
+            raise EngineError(f"{place}: {name} {value}; 0 (none) or more")
     return options
 
 
@@ -83,9 +110,47 @@ def load_residents(spec: InstanceSpec, options: Options) -> tuple[Residents, Cap
         kv_bytes_per_token=sum(math.prod(kv.shape[2:]) * kv.element_size() for kv in model.kv),
         max_context_tokens=context,
         eos_tokens=config.eos_tokens,
+        caches_prefixes=options.prefix_cache == "on",
     )
-    pool = BlockPool(spec.kv_blocks, spec.block_tokens)
-    return Residents(model, pool, context, folder), capability
+    pool = BlockPool(spec.kv_blocks, spec.block_tokens, _quotas(spec, options))
+    cache = _prefix_cache(spec, options, pool, model) if capability.caches_prefixes else None
+    return Residents(model, pool, context, folder, cache), capability
+
+
+def _prefix_cache(
+    spec: InstanceSpec, options: Options, pool: BlockPool, model: Model
+) -> PrefixCache:
+    sizes = (spec.kv_blocks, options.host_blocks, options.disk_blocks)
+    try:
+        policy, *slower = (create(options.eviction, max(size, 1)) for size in sizes)
+    except PolicyError as error:
+        raise EngineError(f"instance {spec.id!r}: option eviction: {error}") from None
+    index = PrefixIndex(policy, spec.block_tokens, slower)
+    if not any(sizes[1:]):
+        return PrefixCache(pool, index)
+    spool = Path(options.spool) if options.spool else None
+    try:
+        tiers = Tiers(TorchBlocks(model.kv), options.host_blocks, options.disk_blocks, spool)
+    except (OSError, MemoryError) as error:
+        raise EngineError(
+            f"instance {spec.id!r}: no place for {options.host_blocks} host_blocks and "
+            f"{options.disk_blocks} disk_blocks in spool {options.spool!r}: {error}"
+        ) from None
+    pays = options.migration == "where-it-pays"
+    demotion: Demotion = WhereItPays(tiers, spec.block_tokens) if pays else Always()
+    return PrefixCache(pool, index, tiers, demotion)
+
+
+def _quotas(spec: InstanceSpec, options: Options) -> dict[str, int]:
+    quotas = {}
+    for quota in options.quotas.split(",") if options.quotas else ():
+        tenant, _, blocks = quota.partition("=")
+        if not blocks.isdecimal():
+            raise EngineError(
+                f"instance {spec.id!r}: quotas: {quota!r}; a tenant's is like acme=40, in blocks"
+            )
+        quotas[tenant.strip()] = int(blocks)
+    return quotas
 
 
 def _kernels(

@@ -6,11 +6,28 @@ from pathlib import Path
 import torch
 
 from sagec.runtime.engines.torch.model import Model
-from sagec.runtime.engines.torch.pool import BlockPool
 from sagec.runtime.engines.torch.row import Row
 from sagec.runtime.engines.torch.sampling import draw_key
 from sagec.runtime.engines.torch.text import StopStrings, TokenizerFile
+from sagec.runtime.kv.pool import BlockPool, PoolStatistics, QuotaExceeded
+from sagec.runtime.kv.prefix_cache import Prefix, PrefixCache
+from sagec.runtime.kv.prefix_index import IndexStatistics
+from sagec.runtime.kv.tiers import TierStatistics
 from sagec.runtime.request import Request
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """How an instance's blocks are used, what its prefix cache found, and what moved.
+
+    missed_tokens: those that plans took for cached, and that were computed beyond what the plan
+    allows a step. index, tiers: None where there are none.
+    """
+
+    pool: PoolStatistics
+    index: IndexStatistics | None
+    tiers: TierStatistics | None
+    missed_tokens: int
 
 
 class Refused(ValueError):
@@ -19,16 +36,32 @@ class Refused(ValueError):
 
 @dataclass
 class Residents:
-    """Rows by request id; every block of `pool` is free or a row's."""
+    """Rows by request id; every block of `pool` is free, some rows' or the prefix cache's.
+
+    cache: None where nothing outlives its request. missed_tokens: as in the statistics.
+    """
 
     model: Model
     pool: BlockPool
     max_context_tokens: int
     folder: Path
+    cache: PrefixCache | None = None
     rows: dict[str, Row] = field(default_factory=dict)
+    missed_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._tokenizer = TokenizerFile(self.folder)
+
+    def statistics(self) -> CacheStatistics:
+        """Figures of this moment, and of what happened since the instance started."""
+        filled = {row.slot: 0 if row.host_kv else row.computed for row in self.rows.values()}
+        cache = self.cache
+        return CacheStatistics(
+            pool=self.pool.statistics(filled),
+            index=cache.index.statistics() if cache is not None else None,
+            tiers=cache.tiers.statistics() if cache is not None and cache.tiers else None,
+            missed_tokens=self.missed_tokens,
+        )
 
     def add(self, request: Request, output: tuple[int, ...] = ()) -> Row:
         """A row for `request`, without KV. Raises Refused where it cannot be served here."""
@@ -37,13 +70,15 @@ class Residents:
         if request.max_output_tokens is not None:
             longest = min(longest, len(request.prompt) + request.max_output_tokens)
         stop_strings = self._stop_strings(request)
-        for token in output:
-            if stop_strings is not None:
+        if stop_strings is not None:
+            resumed = request.prompt[len(request.prompt) - request.resumed_tokens :]
+            for token in (*resumed, *output):
                 stop_strings.push(token)
         row = self.rows[request.id] = Row(
             request=request,
-            slot=self.pool.open_slot(),
+            slot=self.pool.open_slot(request.tenant),
             draw_key=draw_key(request),
+            prefix=Prefix(self.pool.block_tokens, request.adapter),
             stops=frozenset(request.stop_tokens + self.model.config.eos_tokens),
             max_tokens=longest,
             room_tokens=self.max_context_tokens,
@@ -53,24 +88,67 @@ class Residents:
         return row
 
     def drop(self, row: Row) -> None:
-        """Free all that the row holds and forget it."""
+        """Let go of all that the row holds and forget it; what can be cached, is."""
         del self.rows[row.id]
+        self._let_go(row)
         self.pool.close_slot(row.slot)
 
+    def reuse(self, row: Row, *, counted: bool) -> None:
+        """Begin with what the prefix cache has of the row's tokens, if it has no KV of its own.
+
+        counted: whether the cache's figures count it, for the row is to compute its first token.
+        """
+        if self.cache is not None and not row.started:
+            row.computed = self.cache.attach(row.slot, row.prefix, row.tokens, counted=counted)
+            row.reused = row.computed
+
+    def store(self, row: Row) -> None:
+        """Let others begin with what the row has computed."""
+        if self.cache is not None and row.host_kv is None:
+            self.cache.store(row.slot, row.prefix, row.tokens, row.computed)
+
     def reserve(self, row: Row, blocks: int) -> None:
-        """Hold `blocks` blocks, or as many as the row's KV fills, if so many are free."""
-        self.pool.grow(row.slot, max(blocks, self.pool.blocks_for(row.computed)))
+        """Hold `blocks` blocks, or as many as the row's KV fills, if so many can be had."""
+        self.grow(row, max(blocks, self.pool.blocks_for(row.computed)))
+
+    def grow(self, row: Row, blocks: int) -> bool:
+        """Hold `blocks` blocks, at the cost of cached ones; all of them, or none more and False.
+
+        A tenant's quota is a want of room like any other.
+        """
+        try:
+            if self.pool.grow(row.slot, blocks):
+                return True
+            more = blocks - self.pool.held(row.slot)
+            if self.cache is None or not self.cache.make_free(more):
+                return False
+            return self.pool.grow(row.slot, blocks)
+        except QuotaExceeded:
+            return False
 
     def release(self, row: Row, blocks: int) -> None:
         """Hold no more than `blocks` blocks, or as many as the row's KV fills."""
         filled = 0 if row.host_kv is not None else self.pool.blocks_for(row.computed)
         self.pool.shrink(row.slot, max(blocks, filled))
 
+    def begin(self, row: Row) -> None:
+        """A chunk of the row's prompt is due: give it its cached prefix, where it holds nothing."""
+        if not row.started:
+            self.reuse(row, counted=True)
+
+    def never_fits(self, row: Row, tokens: int) -> str:
+        """Why the row could not have so many tokens here even alone; "" where it could."""
+        needed, most = self.pool.blocks_for(tokens), self.pool.most_blocks(row.slot)
+        if needed <= most:
+            return ""
+        whose = f"{row.request.tenant!r} may hold" if most < self.pool.num_blocks else "there are"
+        return f"{tokens} tokens need {needed} KV blocks; {whose} {most}"
+
     def make_room(self, row: Row, tokens: int) -> bool:
         """Have blocks for the row's first `tokens` tokens, its KV in them; false: none are free."""
         if row.host_kv is None and tokens <= self.pool.held(row.slot) * self.pool.block_tokens:
             return True
-        if not self.pool.grow(row.slot, self.pool.blocks_for(max(tokens, row.computed))):
+        if not self.grow(row, self.pool.blocks_for(max(tokens, row.computed))):
             return False
         if row.host_kv is not None:
             blocks = self.filled(row)
@@ -80,22 +158,33 @@ class Residents:
         return True
 
     def swap_out(self, row: Row) -> None:
-        """Move the row's KV to host memory and free its blocks."""
-        if row.host_kv is None and row.computed:
+        """Copy the row's KV to host memory and let go of its blocks."""
+        host_kv = row.host_kv
+        if host_kv is None and row.computed:
             blocks = self.filled(row)
-            row.host_kv = [kv.index_select(0, blocks).cpu() for kv in self.model.kv]
-        self.pool.shrink(row.slot, 0)
+            host_kv = [kv.index_select(0, blocks).cpu() for kv in self.model.kv]
+            row.started = True
+        self._let_go(row)
+        row.host_kv = host_kv
 
     def forget_kv(self, row: Row) -> None:
-        """Free the row's blocks; its tokens stay and are to be computed again."""
-        row.host_kv, row.computed = None, 0
-        self.pool.shrink(row.slot, 0)
+        """Let go of the row's blocks; its tokens stay and are to be computed, or found, again."""
+        self._let_go(row)
+        row.host_kv, row.computed, row.started, row.reused = None, 0, False, 0
 
     def filled(self, row: Row) -> torch.Tensor:
         """The blocks that the row's KV fills, [n]."""
         count = self.pool.blocks_for(row.computed)
         blocks = torch.from_numpy(self.pool.blocks(row.slot, count).astype("int64"))
         return blocks.to(self.model.kv[0].device)
+
+    def _let_go(self, row: Row) -> None:
+        """Cache what can be cached of the row's KV; its blocks are no longer its own."""
+        if self.cache is None:
+            self.pool.shrink(row.slot, 0)
+        else:
+            self.store(row)
+            self.cache.release(row.slot, row.prefix)
 
     def _check(self, request: Request) -> None:
         vocab = self.model.config.vocab

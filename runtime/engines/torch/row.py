@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sagec.runtime.engines.torch.text import StopStrings
+from sagec.runtime.kv.prefix_cache import Prefix
 from sagec.runtime.request import FinishReason, Request
 
 
@@ -16,11 +17,14 @@ class Row:
     tokens: prompt, then output. computed: how many of the first tokens have KV, in the blocks of
     pool slot `slot` or, while swapped out, in `host_kv`, a tensor a layer. max_tokens: of prompt
     and output, as the client and the model bound them; room_tokens: what this instance can hold.
+    prefix: its blocks in the prefix cache. reused: tokens found there and not told yet. started:
+    whether it has computed tokens, or told of those found; before, it may lose what it found.
     """
 
     request: Request
     slot: int
     draw_key: str
+    prefix: Prefix
     stops: Collection[int]
     max_tokens: int
     room_tokens: int
@@ -28,6 +32,8 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     host_kv: list[torch.Tensor] | None = None
+    started: bool = False
+    reused: int = 0
 
     @property
     def id(self) -> str:
@@ -38,6 +44,11 @@ class Row:
     def output(self) -> tuple[int, ...]:
         """Tokens sampled so far."""
         return tuple(self.tokens[len(self.request.prompt) :])
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.tokens)
 
     @property
     def num_output(self) -> int:

@@ -1,6 +1,9 @@
 """Least recently used."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
+
+from sagec.runtime.kv.policies._order import Order, insist
 
 
 class Lru:
@@ -9,26 +12,30 @@ class Lru:
     name = "lru"
 
     def __init__(self, capacity_blocks: int) -> None:
-        self._blocks: dict[int, None] = {}
+        self._order: Order[int] = Order()
+        self._tick = count()
 
     def stored(self, block_hash: int) -> None:
-        self.touched(block_hash)
+        self._order.put(block_hash, next(self._tick))
 
     def touched(self, block_hash: int) -> None:
-        self._blocks.pop(block_hash, None)
-        self._blocks[block_hash] = None
+        if block_hash in self._order:
+            self._order.put(block_hash, next(self._tick))
+
+    def released(self, block_hash: int) -> None:
+        self._order.release(block_hash)
 
     def removed(self, block_hash: int) -> None:
-        self._blocks.pop(block_hash, None)
+        self._order.discard(block_hash)
 
     def victim(self, may_go: Callable[[int], bool]) -> int | None:
-        found = next((block for block in self._blocks if may_go(block)), None)
+        found = insist(lambda: self._order.find(may_go), self._order)
         if found is not None:
-            del self._blocks[found]
+            self._order.discard(found)
         return found
 
     def blocks(self) -> Iterator[int]:
-        return iter(tuple(self._blocks))
+        return iter(self._order)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._order)

@@ -5,5 +5,17 @@ A command's file has a docstring whose first line is its help, an EPILOG with ex
 heavy, because `sagec --help` imports them all.
 """
 
-ORDER = ("run", "compile", "opt", "fmt", "passes", "doctor", "completion")
+ORDER = (
+    "run",
+    "top",
+    "replay",
+    "explain",
+    "compile",
+    "opt",
+    "fmt",
+    "passes",
+    "strategies",
+    "doctor",
+    "completion",
+)
 """How the help lists them; one that is not here comes last."""

@@ -18,13 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what there is."""
-    from sagec.cli.writing import print_json
+    from sagec.cli.listing import show
 
-    there = listing()
-    if args.json:
-        print_json(there)
-    else:
-        _print(there)
+    show(listing(), args.json)
     return 0
 
 
@@ -44,32 +40,14 @@ def listing() -> dict[str, list[dict[str, Any]]]:
 
 
 def _described(kind: Any) -> dict[str, Any]:
-    import inspect
-
     from sagec.cli import spec
+    from sagec.cli.listing import summary_of
 
-    summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
     return {
         "name": kind.name,
-        "summary": " ".join(summary.split()),
+        "summary": summary_of(kind),
         "options": [
             {"name": name, "type": type_name, "default": default}
             for name, type_name, default in spec.options(kind)
         ],
     }
-
-
-def _print(there: dict[str, list[dict[str, Any]]]) -> None:
-    from sagec.cli.writing import console
-
-    out = console()
-    for title, entries in there.items():
-        out.print(f"[bold]{title}[/bold]")
-        for entry in entries:
-            out.print(f"  [cyan]{entry['name']}[/cyan]")
-            if "passes" in entry:
-                out.print(f"      {entry['passes']}", markup=False)
-            out.print(f"      {entry.get('summary') or entry.get('reason')}", markup=False)
-            for option in entry.get("options", ()):
-                default = "required" if option["default"] is None else option["default"]
-                out.print(f"      {option['name']}: {option['type']} = {default}", markup=False)

@@ -150,3 +150,23 @@ pd.graph @one_token {
   %kv = pd.prefill %new
   %end = pd.decode %kv
 }
+
+// -----
+
+// Whose turn it is not gets a plan of nothing: its residents keep their KV, also where it is full.
+// CHECK: plan "turns/i1" round 0 instance i1 mode hybrid steps 0 budget 512
+// CHECK-EMPTY:
+// CHECK-NEXT: plan "turns/i0" round 0 instance i0 mode hybrid steps 2 budget 512
+// CHECK-NEXT: row "r" prompt 9 computed 9 blocks 1
+// CHECK-NEXT: decode "r" from 0 until 11
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
+cluster.device @g0
+cluster.instance @i0 on [@g0] engine "torch" role both model @m {kv_blocks = 40, pool = "shared"}
+cluster.instance @i1 on [@g0] engine "torch" role both model @m {kv_blocks = 2, pool = "shared"}
+pd.graph @turns {
+  pd.turns ["i0": steps 2, "i1": steps 0]
+  %old = pd.resident [
+    "r": on @i0 context 9 remaining 7, "s": on @i1 context 16 remaining 9, "t": on @i1 context 16 remaining 9
+  ]
+  %end = pd.decode %old
+}

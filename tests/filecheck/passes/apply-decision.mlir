@@ -73,6 +73,40 @@ pd.graph @matched {
   pd.yield %kv
 }
 
+// What single instances have stays a match, of the admitted: where they go is still open.
+// CHECK-LABEL: pd.graph @matched_on_instances
+// CHECK: %[[GO:.*]] = pd.requests [
+// CHECK-NEXT: "b": prompt 200 cached 16,
+// CHECK-NEXT: "a": prompt 100
+// CHECK-NEXT: ] : !pd.wave<2>
+// CHECK-NEXT: %[[HIT:.*]] = kv.match %[[GO]] [
+// CHECK-NEXT: "b": tokens 128 on @p1,
+// CHECK-NEXT: "a": tokens 64 on @p0,
+// CHECK-NEXT: "a": tokens 32 on @p1
+// CHECK-NEXT: ] : !pd.wave<2>
+// CHECK-NEXT: pd.prefill %[[HIT]]
+pd.graph @matched_on_instances {
+  %new = pd.requests ["a": prompt 100, "b": prompt 200, "c": prompt 300]
+  %hit = kv.match %new ["a": tokens 64 on @p0, "a": tokens 32 on @p1, "b": tokens 128 on @p1,
+    "c": tokens 256 on @p0, "b": tokens 16]
+  %go = pd.decide %hit ["b": admit rank 0, "a": admit rank 1, "c": defer because "no KV"]
+  %kv = pd.prefill %go
+  pd.yield %kv
+}
+
+// A wave that is admitted as it stands keeps its match.
+// CHECK-LABEL: pd.graph @all_admitted_with_their_match
+// CHECK: %go = kv.match %{{.*}} on @p0
+// CHECK-NOT: pd.decide
+// CHECK: pd.prefill %go
+pd.graph @all_admitted_with_their_match {
+  %new = pd.requests ["a": prompt 100, "b": prompt 200]
+  %hit = kv.match %new on @p0 ["b": tokens 64]
+  %go = pd.decide %hit ["a": admit rank 0, "b": admit rank 1]
+  %kv = pd.prefill %go
+  pd.yield %kv
+}
+
 // Nobody is admitted: the wave is empty, and so is all that is made of it.
 // CHECK-LABEL: pd.graph @nobody
 // CHECK: %go = pd.requests [] : !pd.wave<0>

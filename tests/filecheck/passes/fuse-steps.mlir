@@ -96,6 +96,73 @@ pd.graph @horizon {horizon = 2} {
   pd.yield %end
 }
 
+// The graph bounds the prompt tokens of a step: decodes beside them come in time.
+// CHECK-LABEL: pd.graph @bounded_steps
+// CHECK: chunks {
+// CHECK-NEXT: 0: "a" [0, 32);
+// CHECK-NEXT: 1: "a" [32, 40), "b" [0, 24);
+// CHECK-NEXT: 2: "b" [24, 30);
+// CHECK-NEXT: }
+pd.graph @bounded_steps {step_prompt_tokens = 32} {
+  %new = pd.requests ["a": prompt 40 generate 1, "b": prompt 30 generate 1]
+  %kv = pd.prefill %new on @x
+  %old = pd.resident on @x ["r": context 30 remaining 6]
+  %all = pd.join %kv, %old
+  %end = pd.decode %all on @x
+  pd.yield %end
+}
+
+// It is somebody's turn: one instance gets the steps of it, the other stops.
+// CHECK-LABEL: pd.graph @turns
+// CHECK: pd.steps @y {num_steps = 0, max_step_tokens = 64} []
+// CHECK-NEXT: pd.steps @x of %end {num_steps = 3, max_step_tokens = 64} [
+// CHECK-NEXT: "r": prompt 30 computed 30 blocks 3 until 33
+// CHECK-NEXT: ] estimates
+cluster.instance @y on [@g0] engine "sim" role both model @tiny {kv_blocks = 400, max_step_tokens = 64}
+pd.graph @turns {horizon = 16} {
+  pd.turns ["x": steps 3, "y": steps 0 because "the turn of x"]
+  %old = pd.resident ["r": on @x context 30 remaining 6, "s": on @y context 40 remaining 2]
+  %end = pd.decode %old on [@x, @y]
+  pd.yield %end
+}
+
+// What an instance prefills for another that pauses goes there all the same, and waits.
+// CHECK-LABEL: pd.graph @hands_over_to_one_that_pauses
+// CHECK: pd.steps @y {num_steps = 0, max_step_tokens = 64} []
+// CHECK-NEXT: pd.steps @x of %kv {num_steps = 1, max_step_tokens = 64} [
+// CHECK-NEXT: "a": prompt 20 blocks 2 target @y
+pd.graph @hands_over_to_one_that_pauses {
+  pd.turns ["y": steps 0]
+  %new = pd.requests ["a": prompt 20 generate 5]
+  %kv = pd.prefill %new on @x
+  %moved = pd.transfer %kv source @x target @y ["a"]
+  %end = pd.decode %moved on @y
+  pd.yield %end
+}
+
+// -----
+
+// CHECK: error: no instance @z
+// CHECK: there are: @x
+cluster.model @tiny {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @tiny {kv_blocks = 5}
+pd.graph @turn_of_nobody {
+  pd.turns ["z": steps 1]
+}
+
+// -----
+
+// CHECK: error: @x has two turns in one graph
+// CHECK: say it once
+cluster.model @tiny {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @tiny {kv_blocks = 5}
+pd.graph @two_turns {
+  pd.turns ["x": steps 1]
+  pd.turns ["x": steps 2]
+}
+
 // -----
 
 // KV binds: the second prompt waits until the first has left, the resident having its blocks.

@@ -189,6 +189,51 @@ pd.graph @a_link_is_shared {
 
 // -----
 
+// Where a prompt's prefix is, less of it is left to compute.
+// CHECK-LABEL: pd.graph @where_less_is_left
+// CHECK: pd.prefill %{{.*}} on [@p1, @p0]
+// But what waits there already may take longer than computing all of it elsewhere.
+// CHECK-LABEL: pd.graph @where_it_is_done_sooner
+// CHECK: pd.prefill %{{.*}} on [@p0, @p1]
+// A prompt of which an instance has all but the last token goes on there, whatever its role: so
+// does who was swapped out of a decode.
+// CHECK-LABEL: pd.graph @who_was_swapped_out_returns
+// CHECK: pd.prefill %{{.*}} on [@d0, @p0]
+// CHECK: pd.decode %{{.*}} on @d0
+
+cluster.model @m {layers = 32, hidden = 4096, heads = 32, kv_heads = 8, head_dim = 128, ffn = 14336, vocab = 128000}
+cluster.device @g0 {flops_per_s = 9.9e14, bytes_per_s = 4.8e12}
+cluster.device @g1 like @g0
+cluster.device @g2 like @g0
+cluster.link @g0 to @g2 {bytes_per_s = 4.5e11}
+cluster.link @g1 to @g2 {bytes_per_s = 4.5e11}
+cluster.instance @p0 on [@g0] engine "sim" role prefill model @m {kv_blocks = 4000}
+cluster.instance @p1 on [@g1] engine "sim" role prefill model @m {kv_blocks = 4000}
+cluster.instance @d0 on [@g2] engine "sim" role decode model @m {kv_blocks = 4000}
+pd.graph @where_less_is_left {
+  %new = pd.requests ["a": prompt 3000 generate 10, "b": prompt 3000 generate 10]
+  %hit = kv.match %new on @p1 ["a": tokens 2048]
+  %kv = pd.prefill %hit
+  %end = pd.decode %kv
+  pd.yield %end
+}
+pd.graph @where_it_is_done_sooner {
+  %new = pd.requests ["a": prompt 9000 generate 10 on @p0, "b": prompt 3000 generate 10]
+  %hit = kv.match %new on @p0 ["b": tokens 1024]
+  %kv = pd.prefill %hit
+  %end = pd.decode %kv
+  pd.yield %end
+}
+pd.graph @who_was_swapped_out_returns {
+  %new = pd.requests ["a": prompt 3000 generate 10, "b": prompt 3000 generate 10]
+  %hit = kv.match %new on @d0 ["a": tokens 2999, "b": tokens 2048]
+  %kv = pd.prefill %hit
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
 // Instances with both roles do both, and no KV moves.
 // CHECK-LABEL: pd.graph @kv_stays
 // CHECK: pd.prefill %{{.*}} on [@a, @b]
@@ -410,6 +455,23 @@ pd.graph @other_model {
 
 // -----
 
+// CHECK: error: no instance @p9
+// CHECK: there are: @p0, @d0
+
+cluster.model @small {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, ffn = 688, vocab = 1024}
+cluster.device @g0
+cluster.instance @p0 on [@g0] engine "sim" role prefill model @small {kv_blocks = 40}
+cluster.instance @d0 on [@g0] engine "sim" role decode model @small {kv_blocks = 40}
+pd.graph @matched_nowhere {
+  %new = pd.requests ["a": prompt 100 generate 8 decode_on @d0]
+  %hit = kv.match %new on @p9 ["a": tokens 64]
+  %kv = pd.prefill %hit
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
 // CHECK: error: "a" is to decode on @p0, whose role is prefill
 // CHECK: instances that decode: @d0
 
@@ -419,6 +481,36 @@ cluster.instance @p0 on [@g0] engine "sim" role prefill model @small {kv_blocks 
 cluster.instance @d0 on [@g0] engine "sim" role decode model @small {kv_blocks = 40}
 pd.graph @other_role {
   %new = pd.requests ["a": prompt 100 generate 8 decode_on @p0]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+
+// -----
+
+// Nothing new goes to an instance whose turn has no steps, unless it says so or finds no other.
+// CHECK-LABEL: pd.graph @who_pauses
+// CHECK: pd.prefill %{{.*}} on [@x, @y, @x]
+// CHECK-NEXT: pd.decode %{{.*}} on [@x, @y, @x]
+// CHECK-LABEL: pd.graph @all_pause
+// CHECK: pd.prefill %{{.*}} on @x
+
+cluster.model @small {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, ffn = 688, vocab = 1024}
+cluster.device @g0
+cluster.instance @x on [@g0] engine "sim" role both model @small {kv_blocks = 400, pool = "shared"}
+cluster.instance @y on [@g0] engine "sim" role both model @small {kv_blocks = 400, pool = "shared"}
+pd.graph @who_pauses {
+  pd.turns ["x": steps 9, "y": steps 0]
+  %new = pd.requests [
+    "a": prompt 100 generate 8, "says so": prompt 100 generate 8 on @y decode_on @y, "b": prompt 900 generate 8
+  ]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
+pd.graph @all_pause {
+  pd.turns ["x": steps 0, "y": steps 0]
+  %new = pd.requests ["a": prompt 100 generate 8]
   %kv = pd.prefill %new
   %end = pd.decode %kv
   pd.yield %end

@@ -22,6 +22,20 @@
 
 // -----
 
+// CHECK: error: kv.match: request "a" is matched twice on @p0
+// CHECK: once a place
+%w = pd.requests ["a": prompt 4, "b": prompt 5]
+%h = kv.match %w on @p0 ["a": tokens 1, "a": tokens 2]
+
+// -----
+
+// CHECK: error: kv.match: request "a" is matched twice
+// CHECK: once a place
+%w = pd.requests ["a": prompt 4, "b": prompt 5]
+%h = kv.match %w ["a": tokens 1, "b": tokens 1 on @p0, "a": tokens 2]
+
+// -----
+
 // A match takes a wave, and gives what it takes.
 // CHECK: error: operand 'wave' at position 0 does not verify: !pd.kv<1> should be of base attribute pd.wave
 %r = pd.resident on @d0 ["a": context 4]

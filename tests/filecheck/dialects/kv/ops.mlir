@@ -15,6 +15,24 @@ pd.graph @what_the_prefix_cache_has {
   %n = kv.match %h [] : !pd.wave<2>
 }
 
+// What single instances have: a row each, and the instance once where all rows have the same.
+// CHECK-LABEL: pd.graph @what_single_instances_have
+pd.graph @what_single_instances_have {
+  %w = pd.requests ["a": prompt 1024, "b": prompt 96]
+  // CHECK: %h = kv.match %w [
+  // CHECK-NEXT: "a": tokens 512 on @p0,
+  // CHECK-NEXT: "a": tokens 64 on @p1,
+  // CHECK-NEXT: "b": tokens 32 on @p1,
+  // CHECK-NEXT: "b": tokens 16
+  // CHECK-NEXT: ] : !pd.wave<2>
+  // GENERIC: "kv.match"(%w) <{ids = #pd.names<"a", "a", "b", "b">, tokens = #pd.column<512, 64, 32, 16>, on = #pd.words<"p0", "p1", "" : 0, 1, 1, 2>}>
+  %h = kv.match %w ["a": tokens 512 on @p0, "a": tokens 64 on @p1, "b": tokens 32 on @p1, "b": tokens 16]
+  // CHECK: kv.match %h on @p0 [
+  // CHECK-NEXT: "b": tokens 48
+  // CHECK-NEXT: ] : !pd.wave<2>
+  %n = kv.match %h on @p0 ["b": tokens 48]
+}
+
 // Blocks that are kept free: the instance stands once where all rows have the same.
 // CHECK-LABEL: pd.graph @blocks_are_reserved
 pd.graph @blocks_are_reserved {

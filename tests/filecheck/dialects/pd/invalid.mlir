@@ -35,7 +35,7 @@ pd.graph @a {
 
 // What a graph says is declared.
 // CHECK: error: no 'polcy' here
-// CHECK: there are: policy, mode, now, round, horizon
+// CHECK: there are: policy, mode, now, round, horizon, step_prompt_tokens
 pd.graph @a {polcy = "fifo"} {}
 
 // -----
@@ -408,6 +408,17 @@ pd.decide %w ["a": admit] : i32
 // CHECK: error: pd.leave: "a" is admitted
 // CHECK: who leaves is defer, reject, preempt or swap
 pd.leave ["a": admit]
+
+// -----
+
+// CHECK: error: pd.turns: "d0": steps -1
+// CHECK: 0 or more (steps it may compute; 0: none)
+pd.turns ["d0": steps -1]
+
+// -----
+
+// CHECK: error: pd.turns: instance "d0" is named twice
+pd.turns ["d0": steps 1, "d0": steps 2]
 
 // -----
 

@@ -9,10 +9,10 @@
 pd.graph @nothing {}
 
 // All that a graph can say.
-// CHECK-LABEL: pd.graph @everything_said {policy = "slo-aware", mode = "time-share", now = 1834000, round = 42, horizon = 16} {
-// GENERIC: "pd.graph"() <{sym_name = "everything_said", round = 42 : i64, policy = "slo-aware", mode = "time-share", now = 1834000 : i64, horizon = 16 : i64}> ({
+// CHECK-LABEL: pd.graph @everything_said {policy = "slo-aware", mode = "time-share", now = 1834000, round = 42, horizon = 16, step_prompt_tokens = 128} {
+// GENERIC: "pd.graph"() <{sym_name = "everything_said", round = 42 : i64, step_prompt_tokens = 128 : i64, policy = "slo-aware", mode = "time-share", now = 1834000 : i64, horizon = 16 : i64}> ({
 pd.graph @everything_said { // a comment does not make the braces a body
-  round = 42, policy = "slo-aware", mode = "time-share", now = 1834000, horizon = 16} {
+  round = 42, step_prompt_tokens = 128, policy = "slo-aware", mode = "time-share", now = 1834000, horizon = 16} {
 }
 
 // A request has many fields; those at their default are not printed, and order does not matter.
@@ -90,6 +90,13 @@ pd.graph @decisions {
   // CHECK-NEXT: ]
   // GENERIC: "pd.leave"() <{ids = #pd.names<"c", "d">, verdict = #pd.column<2, 1>, because = #pd.words<"too long", "" : 0, 1>}> : () -> ()
   pd.leave ["c": reject because "too long", "d": defer]
+  // Instances may compute by turns.
+  // CHECK: pd.turns [
+  // CHECK-NEXT: "d0": steps 40,
+  // CHECK-NEXT: "d1": steps 0 because "the turn of d0"
+  // CHECK-NEXT: ]
+  // GENERIC: "pd.turns"() <{ids = #pd.names<"d0", "d1">, steps = #pd.column<40, 0>, because = #pd.words<"", "the turn of d0" : 0, 1>}> : () -> ()
+  pd.turns ["d0": steps 40, "d1": because "the turn of d0" steps 0]
   // Who is preempted loses its KV, and its place in the value.
   // CHECK: %rest = pd.preempt %s [
   // CHECK-NEXT: "x": swap on @d0,

@@ -1,0 +1,77 @@
+"""`sagec replay --on ENGINE`: the requests of a recording, served once more, and their tokens."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sagec.cli import serving, writing
+from sagec.cli.failure import InputError
+from sagec.explain import counted, named
+from sagec.passes.topology import topology_of
+from sagec.replay import Asked, Replay, asked
+from sagec.runtime.executor import ExecutorAPI
+from sagec.runtime.loop import Token
+from sagec.runtime.recording import Recording, RecordingError
+
+
+def run(args: argparse.Namespace, recording: Recording) -> int:
+    """Serve on engines of this process; 1 where a request that is determined got other tokens.
+
+    Raises RecordingError where prompts or tokens were left out.
+    """
+    if not recording.header.tokens:
+        raise RecordingError(f"{recording.path}: recorded without tokens: nothing to compare with")
+    every, replay = asked(recording), Replay(recording)
+    placed = topology_of(replay.module).instances
+    specs = [serving.spec_of(instance, args.on, one_process=True) for instance in placed]
+    if not specs:
+        raise InputError(f"{recording.path}: no instance in its cluster")
+    running = serving.started(specs, one_process=True)
+    known = [serving.as_known(instance, running) for instance in placed]
+    tokens: dict[str, list[int]] = {each.request.id: [] for each in every}
+    requests = [each.request for each in every]
+    serve = writing.working(f"serving {counted(len(every), 'request')} again")
+    with ExecutorAPI(running, known) as executor, serve:
+        for output in executor.serve(requests, replay.strategy, replay.planner):
+            if isinstance(output, Token):
+                tokens[output.request_id].append(output.token)
+    return _report(args, every, tokens)
+
+
+def _report(
+    args: argparse.Namespace, every: Sequence[Asked], tokens: Mapping[str, Sequence[int]]
+) -> int:
+    determined = [each for each in every if each.is_determined and each.tokens]
+    other = [each.request.id for each in determined if not _agrees(each, tokens[each.request.id])]
+    rest = len(every) - len(determined)
+    if args.json:
+        writing.print_json(_json(args, determined, other, rest))
+        return 1 if other else 0
+    same = len(determined) - len(other)
+    print(f"{args.file}: {counted(len(every), 'request')} served again on {args.on}")
+    if other:
+        print(f"other tokens: {named(other)}")
+    print(f"{same} of {counted(len(determined), 'request')} got the recorded tokens", end="")
+    print(f"; {rest} not compared: sampled without a seed, or without a token" if rest else "")
+    return 1 if other else 0
+
+
+def _agrees(each: Asked, tokens: Sequence[int]) -> bool:
+    """Whether the tokens are the recorded ones, as far as both went: one may have been cut off."""
+    length = min(len(each.tokens), len(tokens))
+    return length > 0 and list(each.tokens[:length]) == list(tokens[:length])
+
+
+def _json(
+    args: argparse.Namespace, determined: Sequence[Asked], other: Sequence[str], rest: int
+) -> dict[str, Any]:
+    return {
+        "file": args.file,
+        "engine": args.on,
+        "compared": len(determined),
+        "identical": len(determined) - len(other),
+        "other": list(other),
+        "not_compared": rest,
+    }

@@ -1,0 +1,34 @@
+"""What `sagec passes` and `sagec strategies` print: things of a kind, with their options."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from sagec.cli.writing import console, print_json
+
+Listing = dict[str, list[dict[str, Any]]]
+"""By kind: name and a line each, and perhaps options, the passes or a reason."""
+
+
+def summary_of(kind: Any) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+
+
+def show(there: Listing, as_json: bool) -> None:
+    """Print a listing, for people or for programs."""
+    if as_json:
+        print_json(there)
+        return
+    out = console()
+    for title, entries in there.items():
+        out.print(f"[bold]{title}[/bold]")
+        for entry in entries:
+            out.print(f"  [cyan]{entry['name']}[/cyan]")
+            if "passes" in entry:
+                out.print(f"      {entry['passes']}", markup=False)
+            out.print(f"      {entry.get('summary') or entry.get('reason')}", markup=False)
+            for option in entry.get("options", ()):
+                default = "required" if option["default"] is None else option["default"]
+                out.print(f"      {option['name']}: {option['type']} = {default}", markup=False)

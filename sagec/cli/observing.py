@@ -1,0 +1,84 @@
+"""`sagec run --metrics` and `--spans`: who listens while it serves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sagec.cli.failure import InputError
+
+if TYPE_CHECKING:
+    from sagec.runtime.loop import Instance
+
+HOST = "127.0.0.1"
+"""Nobody outside this machine is meant; a proxy can serve it to others."""
+
+Watcher = Callable[[Any], None]
+
+
+def watchers(
+    args: argparse.Namespace, instances: Sequence[Instance], stack: ExitStack
+) -> list[Watcher]:
+    """Those that the arguments ask for; `stack` ends them.
+
+    Raises InputError where a port or a library is not to be had, OSError for a file.
+    """
+    found = []
+    if args.metrics is not None:
+        found.append(stack.enter_context(_metrics(args.metrics, instances)))
+    if args.spans is not None:
+        found.append(stack.enter_context(_spans(args.spans)))
+    return found
+
+
+@contextmanager
+def _metrics(port: int, instances: Sequence[Instance]) -> Iterator[Watcher]:
+    """Serve a metrics page while this lasts, in a thread of its own."""
+    try:
+        from prometheus_client import start_http_server
+    except ImportError:
+        raise _missing("--metrics", "prometheus_client") from None
+    from sagec.runtime.telemetry import Metrics
+
+    metrics = Metrics(instances)
+    try:
+        server, thread = start_http_server(port, HOST, metrics.registry)
+    except OSError as error:
+        raise InputError(
+            f"--metrics {port}: {error.strerror}; another port, or 0 for any"
+        ) from None
+    print(f"metrics: http://{HOST}:{server.server_port}/metrics", file=sys.stderr)
+    try:
+        yield metrics.hear
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def _spans(path: str) -> Iterator[Watcher]:
+    """Write spans to a file as they end, one a line."""
+    try:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+    except ImportError:
+        raise _missing("--spans", "opentelemetry-sdk") from None
+    from sagec.runtime.telemetry import Spans
+
+    with open(path, "w", encoding="utf-8") as file:
+        exporter = ConsoleSpanExporter(
+            out=file, formatter=lambda span: f"{span.to_json(indent=None)}\n"
+        )
+        provider = TracerProvider(resource=Resource({"service.name": "sagec"}))
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        yield Spans(provider.get_tracer("sagec")).hear
+        provider.shutdown()
+
+
+def _missing(option: str, library: str) -> InputError:
+    return InputError(f"{option} needs {library}: pip install 'sagec[telemetry]'")
