@@ -877,7 +877,7 @@ class Loop:
             limit = self._limit_tokens(str(self._table.model[serving.row]), len(request.prompt))
         return msgspec.structs.replace(
             request,
-            prompt=(*request.prompt, *serving.output),
+            prompt=(*request.prompt, *serving.output) if serving.output else request.prompt,
             resumed_tokens=request.resumed_tokens + len(serving.output),
             max_output_tokens=max(1, limit - len(serving.output)),
         )

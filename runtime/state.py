@@ -294,6 +294,8 @@ class Decision:
 
     def reject(self, rows: Ints, because: str | Sequence[str]) -> Self:
         """The same, but the given rows will never be served."""
+        if not len(rows):
+            return self
         verdict, reason = self.verdict.copy(), self.reason.copy()
         verdict[rows] = REJECT
         reason[rows] = _strings_of(because, len(rows))
@@ -301,6 +303,8 @@ class Decision:
 
     def preempt(self, rows: Ints, because: str | Sequence[str], how: int = RECOMPUTE) -> Self:
         """The same, and the given rows of `State.running` lose their place."""
+        if not len(rows):
+            return self
         return dataclasses.replace(
             self,
             preempt_rows=np.concatenate([self.preempt_rows, rows]).astype(np.int64),
@@ -334,7 +338,7 @@ def check(decision: Decision, state: State, source: str = "decision") -> None:
             raise StateError(f"{source}: {name} has {len(column)} rows for {n} waiting requests")
     _check_codes(decision.verdict, len(VERDICTS), f"{source}: verdict")
     _check_codes(decision.preempt_rows, num_running, f"{source}: preempt_rows")
-    if len(np.unique(decision.preempt_rows)) < len(decision.preempt_rows):
+    if len(set(decision.preempt_rows.tolist())) < len(decision.preempt_rows):
         raise StateError(f"{source}: preempt_rows names a row twice")
     for name in ("prefill_on", "decode_on"):
         chosen = getattr(decision, name)

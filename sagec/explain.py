@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from sagec.runtime.recording.entries import (
     Cancelling,
     Ended,
     Failed,
+    Joined,
     Moved,
     Preempted,
     Refused,
@@ -29,11 +31,13 @@ from sagec.runtime.recording.entries import (
     Tokens,
 )
 from sagec.runtime.report import RequestReport
-from sagec.runtime.request import Request
+from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.state import ADMIT, VERDICTS
 
 NAMED = 4
 """A sentence names so many other requests, and counts the rest."""
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,17 @@ def slowest(recording: Recording, limit: int) -> list[RequestReport]:
     return sorted(ended, key=lambda report: report.arrival_us - report.end_us)[:limit]
 
 
+def unfinished(recording: Recording) -> list[str]:
+    """Ids of the requests that were taken in and had not ended when the recording did."""
+    live: dict[int, str] = {}
+    for entry in recording.entries():
+        if isinstance(entry, Came):
+            live[entry.number] = entry.request.id
+        elif isinstance(entry, Refused | Ended):
+            live.pop(entry.number, None)
+    return list(live.values())
+
+
 def story_of(recording: Recording, request_id: str) -> Story:
     """The story of the last request of this id that was taken in.
 
@@ -133,7 +148,8 @@ def story_of(recording: Recording, request_id: str) -> Story:
 class _Look:
     """What a round saw of the request and said of it.
 
-    place, decode_on: where it runs, "" while it waits. admitted: who else was let in.
+    place, decode_on: where it runs, "" while it waits. admitted: who else was let in. present:
+    who else was running.
     """
 
     round: int
@@ -141,6 +157,7 @@ class _Look:
     verdict: int = ADMIT
     reason: str = ""
     admitted: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
     place: str = ""
     decode_on: str = ""
     preempted: str | None = None
@@ -158,6 +175,7 @@ class _Facts:
         self.token_times_us: list[int] = []
         self.moves: list[Moved] = []
         self.losses: list[Preempted | Retried | Failed] = []
+        self.joined: list[Joined] = []
         self.cancelled_us: int | None = None
         self.end: Ended | None = None
 
@@ -174,6 +192,7 @@ class _Facts:
                 self._look(entry)
             case Step():
                 self.steps.append(entry)
+                self.token_times_us += _simulated_us(entry, self.number)
             case Tokens():
                 self._count(entry)
             case Moved(number=self.number):
@@ -182,10 +201,26 @@ class _Facts:
                 self.losses.append(entry)
             case Failed(number=self.number):
                 self.losses.append(entry)
+            case Joined():
+                self.joined.append(entry)
             case Cancelling(number=self.number):
                 self.cancelled_us = entry.time_us
             case Ended(number=self.number):
                 self.end = entry
+
+    def lost_us(self, loss: Preempted | Retried | Failed) -> int:
+        """When it lost its place: with the round that said so, and before it waited again."""
+        if isinstance(loss, Preempted) and (look := self.preempting(loss)) is not None:
+            return look.now_us
+        came_us = self.came.request.arrival_us if self.came else 0
+        ran_us = max((s.end_us for s in self.steps if s.end_us <= loss.time_us), default=came_us)
+        back = (look.now_us for look in self.looks if not look.place and look.now_us > ran_us)
+        return min(loss.time_us, next(back, loss.time_us))
+
+    def preempting(self, loss: Preempted) -> _Look | None:
+        """The round that said so; None where an engine did it by itself."""
+        said = [one for one in self.looks if one.preempted is not None]
+        return next((one for one in reversed(said) if one.now_us <= loss.time_us), None)
 
     def _count(self, entry: Tokens) -> None:
         for row, number in enumerate(entry.numbers):
@@ -196,10 +231,13 @@ class _Facts:
     def _look(self, seen: Round) -> None:
         state, decision = seen.state, seen.decision
         name = self.ids[self.number]
-        admitted = tuple(
-            other for other in state.waiting.ids[decision.admitted].tolist() if other != name
+        self._forget_left_out(set(state.waiting.ids.tolist()))
+        look = _Look(
+            state.round,
+            state.now_us,
+            admitted=_without(name, state.waiting.ids[decision.admitted].tolist()),
+            present=_without(name, state.running.ids.tolist()),
         )
-        look = _Look(state.round, state.now_us, admitted=admitted)
         for row in np.flatnonzero(state.waiting.ids == name).tolist():
             verdict, reason = int(decision.verdict[row]), decision.reason[row]
             self.looks.append(dataclasses.replace(look, verdict=verdict, reason=reason))
@@ -213,6 +251,28 @@ class _Facts:
                     preempted=_reason_to_leave(seen, row, self.number),
                 )
             )
+
+    def _forget_left_out(self, waiting: set[str]) -> None:
+        """Who was let in by the round before and waits still was left out of its plans."""
+        if self.looks:
+            last = self.looks[-1]
+            went = tuple(other for other in last.admitted if other not in waiting)
+            self.looks[-1] = dataclasses.replace(last, admitted=went)
+
+
+def _without(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(other for other in names if other != name)
+
+
+def _simulated_us(step: Step, number: int) -> list[int]:
+    """When tokens came of which a simulator says only how many: spread over its steps."""
+    duration_us = step.end_us - step.begin_us
+    return [
+        step.begin_us + duration_us * (each + 1) // step.steps
+        for other, _, count in step.advanced
+        if other == number
+        for each in range(count)
+    ]
 
 
 def _reason_to_leave(seen: Round, row: int, number: int) -> str | None:
@@ -262,6 +322,8 @@ def _arrival(came: Came, begun_us: int) -> Span:
         if us
     ]
     promise = f"; promised: {', '.join(promised)}" if promised else ""
+    if request.timeout_us is not None:
+        promise += f"; its client waits {shown(request.timeout_us)}"
     when = shown(max(0, request.arrival_us - begun_us))
     text = (
         f"{request.id} came {when} after the recording began, with a prompt of "
@@ -278,7 +340,7 @@ def _waits(facts: _Facts, arrival_us: int) -> Iterator[Span]:
         rows = list(group)
         after = rows[-1][0] + 1
         before_us = rows[0][1].now_us
-        lost_us = [loss.time_us for loss in facts.losses if loss.time_us <= before_us]
+        lost_us = [us for us in map(facts.lost_us, facts.losses) if us <= before_us]
         since_us = max([since_us, *lost_us])
         if key[0] == "wait":
             end_us = looks[after].now_us if after < len(looks) else _last_us(facts)
@@ -293,25 +355,34 @@ def _kind_of(looks: Sequence[_Look], at: int) -> tuple[str, str]:
         return "run", ""
     if look.verdict == ADMIT and (at + 1 == len(looks) or looks[at + 1].place):
         return "place", ""
-    return "wait", f"{look.verdict} {re.sub(r'[0-9.]+', '#', look.reason)}"
+    return "wait", f"{look.verdict} {re.sub(_NUMBER, '#', look.reason)}"
 
 
 def _wait(looks: Sequence[_Look], begin_us: int, end_us: int) -> Span:
     first, last = looks[0], looks[-1]
-    reason = first.reason or "no reason was given"
-    if last.reason != first.reason:
-        reason = f"{first.reason}, at last: {last.reason}"
+    reason = _both(first.reason, last.reason) or "no reason was given"
     if first.verdict == ADMIT:
-        reason = "it was admitted, but the planner found no place for it"
+        reason = "it was admitted, but the plans of the round had no room for it"
     elif VERDICTS[first.verdict] == "reject":
         return Span("reject", begin_us, end_us, f"Round {first.round} rejected it: {reason}.")
     others = tuple(dict.fromkeys(name for look in looks for name in look.admitted))
-    before = f" {named(others)} went before it." if others else ""
-    text = (
-        f"It waited {shown(end_us - begin_us)} ({rounds(first.round, last.round)}): "
-        f"{reason}.{before}"
-    )
+    who = [f"{named(first.present)} {_were(first.present)} running"] if first.present else []
+    who += [f"{named(others)} went before it"] if others else []
+    text = f"It waited {shown(end_us - begin_us)} ({rounds(first.round, last.round)}): {reason}."
+    if who:
+        text += f" {'; '.join(who)}."
     return Span("wait", begin_us, end_us, text)
+
+
+def _both(first: str, last: str) -> str:
+    """Two reasons that differ in numbers only, as one.
+
+    >>> _both("slack 90 ms: waits", "slack 40 ms: waits")
+    'slack 90 (at last 40) ms: waits'
+    """
+    numbers, later = (re.findall(_NUMBER, reason) for reason in (first, last))
+    told = (n if n == m else f"{n} (at last {m})" for n, m in zip(numbers, later, strict=True))
+    return re.sub(_NUMBER, lambda _: next(told), first)
 
 
 def _placements(facts: _Facts) -> Iterator[Span]:
@@ -348,18 +419,35 @@ def _prefills(facts: _Facts) -> Iterator[Span]:
         stints[-1].append(step)
     for steps in stints:
         first, last = steps[0], steps[-1]
-        chunks = [c for step in steps for c in step.chunks if c[0] == facts.number]
-        tokens = sum(end - begin for _, begin, end in chunks)
         reused = sum(n for step in steps for number, n in step.reused if number == facts.number)
-        from_cache = f", {counted(reused, 'token')} of it from the prefix cache" if reused else ""
+        from_cache = f"; {reused} more came from the prefix cache" if reused else ""
         busy_us = sum(step.end_us - step.begin_us for step in steps)
         between_us = last.end_us - first.begin_us - busy_us
         rest = f", with {shown(between_us)} between them" if between_us > busy_us // 10 else ""
         text = (
-            f"{first.instance} computed {counted(tokens, 'token')} of its prompt{from_cache} in "
-            f"{counted(len(steps), 'step')} that took {shown(busy_us)}{rest}."
+            f"{first.instance} computed {_computed(facts, steps)} in "
+            f"{counted(_num_steps(steps), 'step')} that took {shown(busy_us)}{rest}{from_cache}."
         )
         yield Span("prefill", first.begin_us, last.end_us, text)
+
+
+def _computed(facts: _Facts, steps: Sequence[Step]) -> str:
+    """Whose tokens: of its prompt, and where it had lost its place, of its output again."""
+    assert facts.came is not None
+    prompt_tokens = facts.came.prompt_tokens
+    chunks = [c[1:] for step in steps for c in step.chunks if c[0] == facts.number]
+    every = sum(end - begin for begin, end in chunks)
+    of_prompt = sum(max(0, min(end, prompt_tokens) - begin) for begin, end in chunks)
+    told = f"{counted(of_prompt, 'token')} of its prompt" if of_prompt else ""
+    if of_prompt == every:
+        return told
+    again = f"{counted(every - of_prompt, 'token')} of its output again"
+    return f"{told} and {again}" if told else again
+
+
+def _num_steps(steps: Sequence[Step]) -> int:
+    """How many steps these are: one of a simulator stands for several."""
+    return sum(step.steps for step in steps)
 
 
 def _hand_overs(facts: _Facts) -> Iterator[Span]:
@@ -376,10 +464,23 @@ def _losses(facts: _Facts) -> Iterator[Span]:
         if isinstance(loss, Preempted):
             text = _preemption(facts, loss)
         elif isinstance(loss, Retried):
-            text = f"{loss.instance} lost its KV ({loss.error}); it started over."
+            error = loss.error.removeprefix(f"instance {loss.instance!r}: ")
+            back = f"; it started over{_return(facts, loss)}"
+            text = f"{loss.instance} lost its KV ({error}){back}."
         else:
             text = f"It failed on {loss.instance}: {loss.error}."
-        yield Span("loss", loss.time_us, loss.time_us, text)
+        lost_us = facts.lost_us(loss)
+        yield Span("loss", lost_us, lost_us, text)
+
+
+def _return(facts: _Facts, loss: Retried) -> str:
+    """When the instance that failed was there again, if the request was not placed before that."""
+    back = (one.time_us for one in facts.joined if one.instance == loss.instance)
+    joined_us = next((us for us in back if us >= loss.time_us), None)
+    own = (step.end_us for step in _own_steps(facts) if step.begin_us >= loss.time_us)
+    if joined_us is None or joined_us > next(own, joined_us):
+        return ""
+    return f", and {loss.instance} was there again {shown(joined_us - loss.time_us)} later"
 
 
 def _cancellation(facts: _Facts) -> Iterator[Span]:
@@ -388,12 +489,9 @@ def _cancellation(facts: _Facts) -> Iterator[Span]:
 
 
 def _preemption(facts: _Facts, loss: Preempted) -> str:
-    said = [look for look in facts.looks if look.preempted is not None]
-    said = [look for look in said if look.now_us <= loss.time_us][-1:]
     kept = f"; KV of {counted(loss.kept_tokens, 'token')} was kept" if loss.kept_tokens else ""
-    if not said:
+    if (look := facts.preempting(loss)) is None:
         return f"It lost its place on {loss.instance}{kept}."
-    (look,) = said
     others = f", while {named(look.admitted)} went in" if look.admitted else ""
     why = f": {look.preempted}" if look.preempted else ""
     return f"Round {look.round} preempted it on {loss.instance}{why}{others}{kept}."
@@ -429,12 +527,9 @@ def _gap(facts: _Facts, index: int) -> Span:
     if not meanwhile:
         return Span("gap", begin_us, end_us, f"{text}.")
     busy_us = sum(step.end_us - max(step.begin_us, begin_us) for step in meanwhile)
-    others = {n: e - b for s in meanwhile for n, b, e in s.chunks if n != facts.number}
-    names = [facts.ids.get(number, f"number {number}") for number in others]
-    beside = f", and {counted(sum(others.values()), 'prompt token')} of {named(names)}"
     ran = (
-        f"{meanwhile[0].instance} ran {counted(len(meanwhile), 'step')} ({shown(busy_us)}) with up "
-        f"to {counted(max(step.decodes for step in meanwhile), 'decode')}{beside if others else ''}"
+        f"{meanwhile[0].instance} ran {counted(_num_steps(meanwhile), 'step')} ({shown(busy_us)})"
+        f"{_work(facts, meanwhile)}"
     )
     idle_us = end_us - begin_us - busy_us
     idle = f", and computed nothing for {shown(idle_us)}" if idle_us > busy_us // 10 else ""
@@ -444,6 +539,18 @@ def _gap(facts: _Facts, index: int) -> Span:
     elif any(begin_us < move.end_us and move.begin_us < end_us for move in facts.moves):
         cause = "; its KV was on its way"
     return Span("gap", begin_us, end_us, f"{text}: {ran}{idle}{cause}.")
+
+
+def _work(facts: _Facts, steps: Sequence[Step]) -> str:
+    """What steps computed: decodes, and prefill of others."""
+    others: Counter[int] = Counter()
+    for step in steps:
+        others.update({n: end - begin for n, begin, end in step.chunks if n != facts.number})
+    names = [facts.ids.get(number, f"number {number}") for number in others]
+    decodes = max(step.decodes for step in steps)
+    parts = [f"up to {counted(decodes, 'decode')}"] if decodes else []
+    parts += [f"{counted(others.total(), 'token')} of prefill for {named(names)}"] if others else []
+    return f" with {', and '.join(parts)}" if parts else ""
 
 
 def _ending(facts: _Facts) -> Span:
@@ -456,6 +563,8 @@ def _ending(facts: _Facts) -> Span:
     took = shown(report.end_us - report.arrival_us)
     tokens = counted(report.output_tokens, "token")
     text = f"It ended {took} after it came, with {tokens}: {facts.end.reason}{because}."
+    if facts.end.reason is FinishReason.REJECTED:
+        text = f"It was rejected {took} after it came: {facts.end.detail or 'nobody said why'}."
     return Span("end", report.end_us, report.end_us, text)
 
 
@@ -467,7 +576,9 @@ def _promises(
         return
     if report.ttft_us is not None:
         most = max(parts_us, key=lambda part: parts_us[part], default="")
-        share = f"; most of it, {shown(parts_us[most])}, was {most}" if most else ""
+        is_most = bool(most) and 2 * parts_us[most] > report.ttft_us
+        part = "most of it" if is_most else "the largest part of it"
+        share = f"; {part}, {shown(parts_us[most])}, was {most}" if most else ""
         text = f"TTFT {shown(report.ttft_us)}{_against(report.ttft_us, request.ttft_us)}{share}."
         yield Span("ttft", report.arrival_us, report.first_token_us or report.end_us, text)
     if report.tpot_us is not None and request.tpot_us:
@@ -522,9 +633,11 @@ def _last_us(facts: _Facts) -> int:
 def shown(time_us: float) -> str:
     """A time as people say it.
 
-    >>> shown(850), shown(12_345), shown(2_000_000)
-    ('0.85 ms', '12.3 ms', '2 s')
+    >>> shown(5), shown(850), shown(12_345), shown(2_000_000)
+    ('5 us', '0.85 ms', '12.3 ms', '2 s')
     """
+    if 0 < time_us < 9.5:
+        return f"{_trimmed(time_us, 1)} us"
     if time_us < 999_500:
         digits = 2 if time_us < 9_995 else 1 if time_us < 99_950 else 0
         return f"{_trimmed(time_us / 1000, digits)} ms"
@@ -563,6 +676,10 @@ def rounds(first: int, last: int) -> str:
     ('rounds 4 to 18', 'round 4')
     """
     return f"round {first}" if first == last else f"rounds {first} to {last}"
+
+
+def _were(names: Sequence[str]) -> str:
+    return "was" if len(names) == 1 else "were"
 
 
 def named(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ class Fifo:
         waiting = state.waiting
         too_long, reasons = _room.never_fitting(state)
         order = np.argsort(waiting.arrival_us, kind="stable")
-        order = order[~np.isin(order, too_long)]
+        order = _room.without(order, too_long)
         leaving = _room.overflowing(state)
         admitted = order[:0] if len(leaving) else _room.fitting(state, order)
         return (

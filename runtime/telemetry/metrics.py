@@ -2,7 +2,7 @@
 a dashboard for vLLM shows sagec too; the others begin with `sagec:`."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sagec.runtime.engines import (
     Failed,
@@ -13,7 +13,17 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
-from sagec.runtime.loop import Arrived, Finished, Instance, Joined, Planned, Refused, Submit, Token
+from sagec.runtime.loop import (
+    Arrived,
+    Finished,
+    Instance,
+    Joined,
+    Planned,
+    Refused,
+    Retried,
+    Submit,
+    Token,
+)
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.state import VERDICTS
 from sagec.runtime.telemetry.requests import Ledger
@@ -88,6 +98,13 @@ GAUGES = {
 }
 
 
+class RecorderFigures(Protocol):
+    """What is told of a recording: rounds that could not be written, bytes that were."""
+
+    lost_rounds: int
+    written_bytes: int
+
+
 class Metrics:
     """Counts what it hears; `registry` is what an exporter serves."""
 
@@ -124,6 +141,7 @@ class Metrics:
             KVExported: self._placed,
             KVImported: self._imported,
             Failed: self._failed,
+            Retried: self._retried,
             Joined: self._joined,
         }
 
@@ -131,6 +149,15 @@ class Metrics:
         """Take note of what the loop heard or said."""
         if (hear := self._hear.get(type(said))) is not None:
             hear(said)
+
+    def follow(self, recorder: RecorderFigures) -> None:
+        """Show how a recording fares, too: a full disk loses rounds, and somebody should know."""
+        for name, text, read in (
+            ("sagec:recording_lost_rounds", "rounds not written", lambda: recorder.lost_rounds),
+            ("sagec:recording_bytes", "bytes written", lambda: recorder.written_bytes),
+        ):
+            self._of[name] = figure = _gauge(name, text, self.registry)
+            figure.set_function(read)
 
     def text(self) -> str:
         """All figures, as an exporter writes them."""
@@ -249,7 +276,6 @@ class Metrics:
             self._labelled("vllm:request_success", str(said.reason)).inc()
         else:
             self._labelled("sagec:request_failures", str(said.reason)).inc()
-        self._of["sagec:request_retries"].inc(report.attempts)
         self._of["vllm:request_prompt_tokens"].observe(report.prompt_tokens)
         self._of["vllm:request_generation_tokens"].observe(report.output_tokens)
         self._observe_us("vllm:e2e_request_latency_seconds", report.end_us - report.arrival_us)
@@ -293,8 +319,17 @@ class Metrics:
             self._labelled("vllm:kv_cache_usage_perc", said.instance).set(0)
         self._placed(said)
 
+    def _retried(self, _: Retried) -> None:
+        self._of["sagec:request_retries"].inc()
+
     def _joined(self, said: Joined) -> None:
         self._labelled("sagec:instance_up", said.instance).set(1)
+
+
+def _gauge(name: str, text: str, registry: "CollectorRegistry") -> Any:
+    from prometheus_client import Gauge
+
+    return Gauge(name, text, registry=registry)
 
 
 def _figures(registry: "CollectorRegistry") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sagec.cli.failure import InputError
 
 if TYPE_CHECKING:
     from sagec.runtime.loop import Instance
+    from sagec.runtime.recording import Recorder
 
 HOST = "127.0.0.1"
 """Nobody outside this machine is meant; a proxy can serve it to others."""
@@ -20,22 +21,27 @@ Watcher = Callable[[Any], None]
 
 
 def watchers(
-    args: argparse.Namespace, instances: Sequence[Instance], stack: ExitStack
+    args: argparse.Namespace,
+    instances: Sequence[Instance],
+    recorder: Recorder | None,
+    stack: ExitStack,
 ) -> list[Watcher]:
-    """Those that the arguments ask for; `stack` ends them.
+    """The recorder, if there is one, and those that the arguments ask for; `stack` ends these.
 
     Raises InputError where a port or a library is not to be had, OSError for a file.
     """
-    found = []
+    found: list[Watcher] = [] if recorder is None else [recorder.hear]
     if args.metrics is not None:
-        found.append(stack.enter_context(_metrics(args.metrics, instances)))
+        found.append(stack.enter_context(_metrics(args.metrics, instances, recorder)))
     if args.spans is not None:
         found.append(stack.enter_context(_spans(args.spans)))
     return found
 
 
 @contextmanager
-def _metrics(port: int, instances: Sequence[Instance]) -> Iterator[Watcher]:
+def _metrics(
+    port: int, instances: Sequence[Instance], recorder: Recorder | None
+) -> Iterator[Watcher]:
     """Serve a metrics page while this lasts, in a thread of its own."""
     try:
         from prometheus_client import start_http_server
@@ -44,6 +50,8 @@ def _metrics(port: int, instances: Sequence[Instance]) -> Iterator[Watcher]:
     from sagec.runtime.telemetry import Metrics
 
     metrics = Metrics(instances)
+    if recorder is not None:
+        metrics.follow(recorder)
     try:
         server, thread = start_http_server(port, HOST, metrics.registry)
     except OSError as error:

@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
         executor = stack.enter_context(
             ExecutorAPI(running, known, watch=watch, restart=lambda name: make[name]())
         )
+        recorder = None
         if args.record:
             recorder = stack.enter_context(_recorder(args, strategy, planner, known))
-            executor.watch(recorder.hear)
-        for watcher in observing.watchers(args, known, stack):
+        for watcher in observing.watchers(args, known, recorder, stack):
             executor.watch(watcher)
         served.follow(executor.serve(requests, strategy, planner))
-    if args.record and recorder.lost_rounds:
+    if recorder is not None and recorder.lost_rounds:
         print(f"{args.record}: {recorder.lost_rounds} rounds are not in it", file=sys.stderr)
     return _report(args, served, timeline, unit.name)
 

@@ -132,7 +132,7 @@ def test_an_engine_that_does_not_exist_is_bad_usage(echo: str, capsys: Captured)
 
 
 def test_a_strategy_that_does_not_exist_is_named(echo: str, capsys: Captured) -> None:
-    assert main(["run", echo, "--strategy", "fito"]) == 1
+    assert main(["run", echo, "--strategy", "fito"]) == 2
     assert "no strategy 'fito'; did you mean 'fifo'?" in capsys.readouterr().err
 
 

@@ -30,6 +30,7 @@ from sagec.runtime.state import ANY, Decision, State
 from sagec.runtime.strategies import Strategy, create
 from tests.echo_cluster import ONE, SPLIT, WIDE, Served, members, serve, spec
 from tests.serving_graphs import Place, Round, Scene, rounds
+from tests.taking_turns import TakesTurns
 
 TWO = {"x0": "both", "x1": "both"}
 BLOCK = 16
@@ -187,29 +188,6 @@ def workloads(draw: Any, most: int = 10) -> list[Request]:
 ROLES = pytest.mark.parametrize(
     "roles", [ONE, TWO, SPLIT, WIDE], ids=["one", "two", "split", "wide"]
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TakesTurns:
-    """First come first served, but a third of those that run lose their place, `most` times each.
-
-    only_on: on this instance; None: on any.
-    """
-
-    how: int = SWAP
-    most: int = 2
-    only_on: str | None = None
-    name = "takes-turns"
-
-    def decide(self, state: State) -> Decision:
-        running = state.running
-        chosen = (running.sequence + state.round) % 3 == 0
-        chosen &= ~running.arriving & (running.preemptions < self.most)
-        if self.only_on is not None:
-            chosen &= state.instances.ids[running.instance] == self.only_on
-        decision = create("fifo").decide(state)
-        chosen[decision.preempt_rows] = False
-        return decision.preempt(np.flatnonzero(chosen), "its turn ends", self.how)
 
 
 # One round

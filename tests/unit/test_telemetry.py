@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from sagec.runtime.engines import Failed, StepReport
-from sagec.runtime.loop import Instance, Joined
+from sagec.runtime.loop import Instance, Joined, Retried
 from sagec.runtime.request import Request
 from sagec.runtime.strategies import create
 from sagec.runtime.telemetry import Ledger, Metrics, Spans
@@ -96,6 +96,26 @@ def test_a_failed_instance_is_down_until_it_is_there_again():
     assert value(metrics, "sagec:instance_failures_total", engine="x0") == 1
     metrics.hear(Joined("x0"))
     assert value(metrics, "sagec:instance_up", engine="x0") == 1
+
+
+def test_a_recording_that_loses_rounds_is_seen(tmp_path):
+    class Lossy:
+        lost_rounds, written_bytes = 3, 1000
+
+    executor = echo_executor(ONE, Served())
+    metrics = Metrics(executor.instances)
+    metrics.follow(recording := Lossy())
+    assert value(metrics, "sagec:recording_lost_rounds") == 3
+    recording.lost_rounds = 4
+    assert value(metrics, "sagec:recording_lost_rounds") == 4
+    assert value(metrics, "sagec:recording_bytes") == 1000
+
+
+def test_what_is_started_over_is_counted_at_once():
+    executor = echo_executor(ONE, Served())
+    metrics = Metrics(executor.instances)
+    metrics.hear(Retried("a", "x0", "gone", 1))
+    assert value(metrics, "sagec:request_retries_total") == 1
 
 
 def test_the_ledger_knows_where_everybody_is_whatever_happens():

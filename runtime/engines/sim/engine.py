@@ -77,7 +77,10 @@ class SimEngine:
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
         if not isinstance(self._clock, VirtualClock):
             self._wait(timeout_s)
-        self._turn(self._clock.now_us())
+        now_us = self._clock.now_us()
+        if not self._inbox and (self._is_idle or self._is_amid_step(now_us)):
+            return []
+        self._turn(now_us)
         stored, evicted = self._residents.take_changes()
         if stored or evicted:
             self._events.append(KVCached(instance=self._id, stored=stored, evicted=evicted))
@@ -104,6 +107,14 @@ class SimEngine:
         """Raise AssertionError unless all blocks are accounted for."""
         self._residents.check_integrity()
 
+    @property
+    def _is_idle(self) -> bool:
+        return self._running is None and self._stretch is None
+
+    def _is_amid_step(self, now_us: int) -> bool:
+        """Whether the step at work goes on, so that there is nothing to tell."""
+        return self._stretch is not None and now_us < self._stretch.step_ends_us
+
     def _wait(self, timeout_s: float) -> None:
         """Let the wall's time pass until the stretch at work ends, or timeout_s have gone by."""
         if self._stretch is not None and not self._events:
@@ -129,7 +140,8 @@ class SimEngine:
         begin_us = max(self._free_at_us, now_us)
         self._stretch = running.next_stretch(self._residents, self._options.cost, begin_us)
         if self._stretch is not None:
-            if arrivals := self._coming(running):
+            # KV that has come already and found no room waits until rows leave, with the stretch.
+            if arrivals := [us for us in self._coming(running) if us > begin_us]:
                 self._stretch.end_with_the_step_at(min(arrivals))
         elif running.step >= running.plan.num_steps or not self._awaits(running):
             self._finish_plan()

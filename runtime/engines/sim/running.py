@@ -38,6 +38,11 @@ class Stretch:
         """When the first step began that was not told of yet."""
         return self.ends_us[self.done - 1] if self.done else self.begin_us
 
+    @property
+    def step_ends_us(self) -> int:
+        """When the next step ends of which was not told yet; some are left."""
+        return self.ends_us[self.done]
+
     def over_by(self, now_us: int) -> int:
         """How many more of the steps have ended since those that were told of."""
         return bisect.bisect_right(self.ends_us, now_us) - self.done

@@ -20,7 +20,7 @@ pd.graph @legal {
 
 // An engine that has no target here.
 // CHECK: error: instance @x: no target 'tensorrt'
-// CHECK: there are: echo, sim, torch, turbomind, vllm
+// CHECK: there are: echo, embedded, sim, torch, turbomind, vllm
 
 cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
