@@ -413,6 +413,7 @@ class RequestTable:
         self.preemptions, self.admitted_us = np.zeros((2, capacity), np.int64)
         self.cached_tokens = np.zeros((capacity, len(room_tokens)), np.int64)
         self.arriving = np.zeros(capacity, np.bool_)
+        self._caches = False
         self._free = list(range(capacity))[::-1]
         self._num_added = 0
         self._waiting = Roster(Waiting, self._waiting_values, _WAITING_COLUMNS, ())
@@ -510,11 +511,14 @@ class RequestTable:
     def cached(self, rows: Sequence[int], instance: int, tokens: int) -> None:
         """An instance has KV of so many leading tokens of these requests, not begun there yet."""
         self.cached_tokens[rows, instance] = tokens
+        self._caches |= tokens > 0
         self._changed[rows] = True
 
     def waiting_cached_tokens(self) -> Ints:
         """[waiting, instances]: rows as in `waiting`; see `State.cached_tokens`."""
-        self.waiting()
+        num_waiting = len(self.waiting())
+        if not self._caches:  # nobody ever had anything
+            return np.broadcast_to(np.int64(0), (num_waiting, self.cached_tokens.shape[1]))
         cached: Ints = self.cached_tokens[self._waiting.rows]
         cached.flags.writeable = False
         return cached

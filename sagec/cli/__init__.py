@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. argv: without the program's name, None: this process's."""
     from sagec.cli import arguments
 
+    _open_closed_streams()
     try:
         args = arguments.parse(sys.argv[1:] if argv is None else argv)
         code: int = args.run(args)
@@ -29,3 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return failure.report(error, sys.stderr)
     return code
+
+
+def _open_closed_streams() -> None:
+    """A closed stdout or stderr goes nowhere, and no file of ours gets its number."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_WRONLY)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w", encoding="utf-8"))

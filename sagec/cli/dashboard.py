@@ -88,6 +88,7 @@ def read(url: str, time_s: float) -> Page:
         page = Page.of(text, time_s)
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         said = f"{url}: {reason}; serve with `sagec run --metrics PORT`"
         raise InputError(said) from None
     except (ValueError, UnicodeDecodeError):

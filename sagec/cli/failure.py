@@ -6,6 +6,7 @@ import difflib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
@@ -43,9 +44,10 @@ def report(error: BaseException, stream: TextIO) -> int:
         stream.write("sagec: interrupted\n")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # Whoever read our output has left, and Python would complain once more when it closes.
+        # Whoever read our output has had enough, which is no error; Python would complain once
+        # more when it closes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return BAD_INPUT
+        return 0
     if (text := message(error)) is not None:
         stream.write(f"{text}\n")
         return BAD_USAGE if isinstance(error, UsageError) else BAD_INPUT
@@ -78,8 +80,18 @@ def _usage(error: Any) -> str:
 
 
 def _os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
+    name = error.filename or ("stdout" if _is_stdout_full() else None)
+    where = f"{name}: " if name else ""
     return f"error: {where}{error.strerror or _one_line(error)}{_nearby(error)}"
+
+
+def _is_stdout_full() -> bool:
+    """Whether what was printed still cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _nearby(error: OSError) -> str:

@@ -1,9 +1,13 @@
-"""What `sagec passes` and `sagec strategies` print: things of a kind, with their options."""
+"""Lists and tables: things of a kind with their options, and rows below titles."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 from sagec.cli.writing import console, print_json
 
@@ -32,3 +36,22 @@ def show(there: Listing, as_json: bool) -> None:
             for option in entry.get("options", ()):
                 default = "required" if option["default"] is None else option["default"]
                 out.print(f"      {option['name']}: {option['type']} = {default}", markup=False)
+
+
+def table_of(
+    titles: Sequence[str], rows: Iterable[Sequence[object]], words: Collection[str]
+) -> Table:
+    """A table for people, numbers to the right; `words` are titles of columns that hold none.
+
+    None stands as a dash.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for title in titles:
+        table.add_column(title, justify="left" if title in words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    return table

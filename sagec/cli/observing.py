@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sagec.cli.failure import InputError
 
@@ -78,14 +78,50 @@ def _spans(path: str) -> Iterator[Watcher]:
         raise _missing("--spans", "opentelemetry-sdk") from None
     from sagec.runtime.telemetry import Spans
 
-    with open(path, "w", encoding="utf-8") as file:
-        exporter = ConsoleSpanExporter(
-            out=file, formatter=lambda span: f"{span.to_json(indent=None)}\n"
-        )
-        provider = TracerProvider(resource=Resource({"service.name": "sagec"}))
-        provider.add_span_processor(SimpleSpanProcessor(exporter))
+    file = SpanFile(path)
+    exporter = ConsoleSpanExporter(
+        out=file,  # type: ignore[arg-type]  # it writes and flushes, and no more is called
+        formatter=lambda span: f"{span.to_json(indent=None)}\n",
+    )
+    provider = TracerProvider(resource=Resource({"service.name": "sagec"}))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    try:
         yield Spans(provider.get_tracer("sagec")).hear
+    finally:
         provider.shutdown()
+        file.close()
+
+
+class SpanFile:
+    """Lines that are written as they come. Where that fails it is said once, and the rest is
+    dropped: serving goes on."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError where there can be no such file."""
+        self._path = path
+        self._file: BinaryIO | None = open(path, "wb", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Write a line."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            print(
+                f"spans to {self._path} end here, serving goes on: {error.strerror}",
+                file=sys.stderr,
+            )
+            self.close()
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _missing(option: str, library: str) -> InputError:

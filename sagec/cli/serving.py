@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from sagec.compiler import Compiler
 
     for path in (args.timeline, args.trace, args.record, args.spans):
-        writing.check_folder(path)
+        writing.check_writable(path)
     compiler = Compiler()
     unit = compiler.read(args.file)
     placed = topology_of(unit.module).instances
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def strategy_for(unit: Unit, text: str | None) -> Strategy:
     """The file's strategy, or the one of the command line. Raises UsageError for a wrong one."""
-    if not text:
+    if text is None:
         return unit.make_strategy()
     try:
         return unit.make_strategy(text)
@@ -112,6 +113,9 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
             "dtype": DTYPES.get(instance.dtype, instance.dtype),
             "channel": CHANNELS[one_process],
         }
+    if name == "sim" and instance.devices:
+        cost = dataclasses.asdict(instance.cost)
+        options = {field: repr(value) for field, value in cost.items()}
     return InstanceSpec(
         id=instance.name,
         engine=name,

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def check_folder(path: str | None) -> None:
-    """Raise FileNotFoundError where a file at `path` would have no folder; before long work."""
-    if path is not None and path != "-" and not Path(path).parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write to", str(Path(path).parent))
+def check_writable(path: str | None) -> None:
+    """Raise OSError where a file at `path` could not be written; before long work."""
+    if path is None or path == "-":
+        return
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(2, "no such folder to write to", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(21, "a folder; the name of a file is wanted", path)
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise PermissionError(13, "it may not be written here", path)
 
 
 def write_text(path: str | None, text: str) -> None:
@@ -26,10 +33,10 @@ def write_text(path: str | None, text: str) -> None:
     if path is None or path == "-":
         sys.stdout.write(text)
         return
-    check_folder(path)
+    check_writable(path)
     target = Path(path)
     if target.exists() and not target.is_file():
-        target.write_text(text, encoding="utf-8")  # a pipe or a device
+        _write_to_device(target, text)
         return
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -40,6 +47,14 @@ def write_text(path: str | None, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _write_to_device(target: Path, text: str) -> None:
+    """Write to a pipe or a device, which cannot be replaced."""
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
 
 
 def is_terminal() -> bool:

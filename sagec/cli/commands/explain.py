@@ -37,12 +37,12 @@ def run(args: argparse.Namespace) -> int:
     from sagec.runtime.recording import Recording
 
     recording = Recording(args.file)
-    if args.request is None:
-        _print_slowest(args, recording)
-    else:
-        _print_story(args, recording)
-    for damage in recording.damages:
-        print(f"error: {damage}", file=sys.stderr)
+    tell = _print_slowest if args.request is None else _print_story
+    try:
+        tell(args, recording)
+    finally:
+        for damage in recording.damages:
+            print(f"error: {damage}", file=sys.stderr)
     return 1 if recording.damages else 0
 
 
@@ -59,14 +59,21 @@ def _print_story(args: argparse.Namespace, recording: Recording) -> None:
 
 def _print_slowest(args: argparse.Namespace, recording: Recording) -> None:
     from sagec.cli import writing
-    from sagec.explain import report_row, slowest
+    from sagec.cli.listing import table_of
+    from sagec.explain import counted, named, report_row, slowest, unfinished
 
     rows = [report_row(report) for report in slowest(recording, args.limit)]
     if args.json:
         writing.print_json(rows)
         return
-    print(f"{args.file}: the requests that took longest; --request ID says why")
-    writing.console(width=100).print(_table(rows))
+    if rows:
+        print(f"{args.file}: the requests that took longest; --request ID says why")
+        cells = [[_cell(name, row[name]) for name in COLUMNS.values()] for row in rows]
+        writing.console(width=100).print(table_of(tuple(COLUMNS), cells, ("request", "end")))
+    else:
+        print(f"{args.file}: no request ended in it")
+    if left := unfinished(recording):
+        print(f"{counted(len(left), 'request')} had not ended with the recording: {named(left)}")
 
 
 COLUMNS = {
@@ -83,23 +90,7 @@ COLUMNS = {
 """Titles of the table, and what stands below each."""
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for title in COLUMNS:
-        justify: Any = "left" if title in ("request", "end") else "right"
-        table.add_column(title, justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_cell(name, row[name])) for name in COLUMNS.values()))
-    return table
-
-
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: Any) -> Any:
     from sagec.explain import shown
 
-    if value is None:
-        return "-"
-    return shown(value) if name.endswith("_us") else str(value)
+    return shown(value) if name.endswith("_us") and value is not None else value

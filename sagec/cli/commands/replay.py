@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sagec.cli.commands.run import positive
+from sagec.cli.commands.run import natural, positive
 
 if TYPE_CHECKING:
     from sagec.replay import Outcome
@@ -21,7 +21,8 @@ EPILOG = """examples:
   sagec replay chat.rec
   sagec replay chat.rec --round 7 | sagec compile -
   sagec replay chat.rec --strategy "slo-aware" --limit 10
-  sagec replay chat.rec --on echo
+  sagec replay chat.rec --on torch
+  sagec replay chat.rec --steps
 """
 
 
@@ -29,9 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE, and what to do with it."""
     parser.add_argument("file", metavar="FILE", help="a recording")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--round", metavar="N", type=int, help="print the IR of one round instead")
+    what.add_argument("--round", metavar="N", type=natural, help="print the IR of one round")
     what.add_argument("--strategy", metavar="NAME", help="say what another strategy would decide")
     what.add_argument("--on", metavar="ENGINE", help="serve the requests again, on this engine")
+    what.add_argument(
+        "--steps", action="store_true", help="hold the steps' times against what was predicted"
+    )
     parser.add_argument(
         "--limit", metavar="N", type=positive, default=20, help="differences to print (default: 20)"
     )
@@ -45,20 +49,24 @@ def run(args: argparse.Namespace) -> int:
     from sagec.runtime.recording import Recording
 
     recording = Recording(args.file)
-    code = _chosen(args)(args, recording)
-    for damage in recording.damages:
-        print(f"error: {damage}", file=sys.stderr)
+    try:
+        code = _chosen(args)(args, recording)
+    finally:
+        for damage in recording.damages:
+            print(f"error: {damage}", file=sys.stderr)
     return 1 if recording.damages else code
 
 
 def _chosen(args: argparse.Namespace) -> Callable[[argparse.Namespace, Recording], int]:
-    if args.on:
+    if args.on is not None:
         from sagec.cli import again
 
         return again.run
     if args.round is not None:
         return _print_round
-    return _print_changes if args.strategy else _print_outcomes
+    if args.steps:
+        return _print_steps
+    return _print_outcomes if args.strategy is None else _print_changes
 
 
 def _print_outcomes(args: argparse.Namespace, recording: Recording) -> int:
@@ -136,6 +144,32 @@ def _print_round_json(recorded: Round) -> None:
     from sagec.replay import as_json
 
     writing.print_json(as_json(recorded))
+
+
+STEP_COLUMNS = ("instance", "steps", "predicted us", "measured us", "p50", "p99", "within 25%")
+
+
+def _print_steps(args: argparse.Namespace, recording: Recording) -> int:
+    from sagec.cli import writing
+    from sagec.cli.listing import table_of
+    from sagec.explain import counted
+    from sagec.step_times import step_times
+
+    found = step_times(recording)
+    if args.json:
+        writing.print_json([times.as_json() for times in found])
+        return 0
+    steps = counted(sum(times.num_steps for times in found), "step")
+    print(f"{args.file}: {steps} against predicted times; medians, and measured over predicted")
+    rows = [
+        (t.instance, t.num_steps, t.predicted_us, t.measured_us, t.ratio_p50, t.ratio_p99,
+         f"{t.num_close / t.num_steps:.0%}" if t.num_steps else None)
+        for t in found
+    ]  # fmt: skip
+    writing.console(width=100).print(table_of(STEP_COLUMNS, rows, ("instance",)))
+    if unknown := sum(times.num_unknown for times in found):
+        print(f"{counted(unknown, 'more step')} without a prediction")
+    return 0
 
 
 def _print_changes(args: argparse.Namespace, recording: Recording) -> int:
