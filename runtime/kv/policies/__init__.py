@@ -3,11 +3,10 @@
 The policy `s3-fifo` is the class `S3Fifo` in `s3_fifo.py`; nothing else lists it.
 """
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
+
+from sagec.runtime import by_name
 
 
 class PolicyError(ValueError):
@@ -46,8 +45,7 @@ class EvictionPolicy(Protocol):
 
 def known() -> list[str]:
     """Names of the policies that lie in this folder."""
-    names = (m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return sorted(name.replace("_", "-") for name in names)
+    return by_name.names(__path__)
 
 
 def create(name: str, capacity_blocks: int) -> EvictionPolicy:
@@ -56,11 +54,6 @@ def create(name: str, capacity_blocks: int) -> EvictionPolicy:
     Raises PolicyError where there is none.
     """
     if name not in known():
-        close = difflib.get_close_matches(name, known(), n=1)
-        listed = f"there are: {', '.join(known())}"
-        hint = f"did you mean {close[0]!r}? ({listed})" if close else listed
-        raise PolicyError(f"no eviction policy {name!r}; {hint}")
-    module: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    class_name = "".join(part.capitalize() for part in name.split("-"))
-    policy: EvictionPolicy = getattr(module, class_name)(capacity_blocks)
+        raise PolicyError(by_name.no_such("eviction policy", name, known()))
+    policy: EvictionPolicy = by_name.class_of(__name__, name)(capacity_blocks)
     return policy

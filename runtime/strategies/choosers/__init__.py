@@ -7,15 +7,14 @@ admit, a router for the one that came.
 
 import dataclasses
 import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from sagec.runtime import by_name
 from sagec.runtime.state import ANY, Bools, Ints, State
-from sagec.runtime.strategies import StrategyError, _no
+from sagec.runtime.strategies import StrategyError
 from sagec.runtime.strategies._room import room_tokens, whole_tokens
 from sagec.runtime.strategies.choosers._load import PLACED
 
@@ -42,8 +41,7 @@ def known() -> list[str]:
     >>> "least-load" in known()
     True
     """
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
+    return by_name.names(__path__)
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Chooser:
@@ -51,21 +49,17 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Chooser:
 
     Raises StrategyError where there is no such chooser or option, or a value is of a wrong type.
     """
-    if name not in known():
-        raise StrategyError(_no("chooser", name, known()))
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    kind = getattr(module, "".join(part.capitalize() for part in name.split("-")))
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    given = {option.replace("-", "_"): value for option, value in (options or {}).items()}
-    for option, value in given.items():
-        if option not in defaults:
-            raise StrategyError(f"chooser {name}: {_no('option', option, [*defaults])}")
-        kinds = (int, float) if type(defaults[option]) is float else (type(defaults[option]),)
-        if type(value) not in kinds:
-            right = f"a value like {defaults[option]!r}"
-            raise StrategyError(f"chooser {name}: option {option}: {value!r} is not {right}")
-    chooser: Chooser = kind(**given)
+    kind = class_of(name)
+    found = by_name.options_of(kind, f"chooser {name}", options, StrategyError)
+    chooser: Chooser = kind(**found)
     return chooser
+
+
+def class_of(name: str) -> Any:
+    """The class of the chooser of this name. Raises StrategyError where there is none."""
+    if name not in known():
+        raise StrategyError(by_name.no_such("chooser", name, known()))
+    return by_name.class_of(__name__, name)
 
 
 @functools.cache
