@@ -70,8 +70,7 @@ class CompilingPlanner:
             for compiler_pass in self.passes.passes:
                 compiler_pass.apply(self.context, graph.module)
             self._verify(graph.op)
-            plans = plans_of(graph.module)
-            return plans if decision.turn_steps is None else _without_idle(plans, state)
+            return _without_idle(plans_of(graph.module), state)
         finally:
             builder.drop(graph)
 
@@ -108,7 +107,12 @@ def _is_any(op: Operation, instances: frozenset[str]) -> bool:
 
 
 def _without_idle(plans: list[ExecutionPlan], state: State) -> list[ExecutionPlan]:
-    """Without the plans that let an instance stop which is at no plan: nothing changes there."""
+    """Without the plans of nothing for instances that are at no plan: nothing changes there.
+
+    Such a plan would be done at once, and ask for a round that makes the same one again.
+    """
+    if not any(map(_is_nothing, plans)):
+        return plans
     idle = set(state.instances.ids[state.instances.idle].tolist())
     return [p for p in plans if p.target_instance_id not in idle or not _is_nothing(p)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from sagec.explain import counted, named
 from sagec.passes.topology import topology_of
 from sagec.replay import Asked, Replay, asked
 from sagec.runtime.executor import ExecutorAPI
-from sagec.runtime.loop import Token
+from sagec.runtime.loop import Finished, Token
 from sagec.runtime.recording import Recording, RecordingError
 
 
@@ -31,17 +32,30 @@ def run(args: argparse.Namespace, recording: Recording) -> int:
     running = serving.started(specs, one_process=True)
     known = [serving.as_known(instance, running) for instance in placed]
     tokens: dict[str, list[int]] = {each.request.id: [] for each in every}
+    num_tokens = 0
     requests = [each.request for each in every]
     serve = writing.working(f"serving {counted(len(every), 'request')} again")
     with ExecutorAPI(running, known) as executor, serve:
         for output in executor.serve(requests, replay.strategy, replay.planner):
             if isinstance(output, Token):
                 tokens[output.request_id].append(output.token)
-    return _report(args, every, tokens)
+            elif isinstance(output, Finished):
+                num_tokens += output.report.output_tokens
+    if num_tokens and not any(tokens.values()):  # a simulator counts tokens, and knows none
+        every = [dataclasses.replace(each, tokens=()) for each in every]
+    return _report(args, every, tokens, _recorded_on(recording))
+
+
+def _recorded_on(recording: Recording) -> str:
+    """Names of the engines that the recording was made with."""
+    return named(list(dict.fromkeys(one.engine for one in recording.header.instances)))
 
 
 def _report(
-    args: argparse.Namespace, every: Sequence[Asked], tokens: Mapping[str, Sequence[int]]
+    args: argparse.Namespace,
+    every: Sequence[Asked],
+    tokens: Mapping[str, Sequence[int]],
+    recorded_on: str,
 ) -> int:
     determined = [each for each in every if each.is_determined and each.tokens]
     other = [each.request.id for each in determined if not _agrees(each, tokens[each.request.id])]
@@ -50,7 +64,8 @@ def _report(
         writing.print_json(_json(args, determined, other, rest))
         return 1 if other else 0
     same = len(determined) - len(other)
-    print(f"{args.file}: {counted(len(every), 'request')} served again on {args.on}")
+    where = args.on if args.on == recorded_on else f"{args.on}, recorded on {recorded_on}"
+    print(f"{args.file}: {counted(len(every), 'request')} served again on {where}")
     if other:
         print(f"other tokens: {named(other)}")
     print(f"{same} of {counted(len(determined), 'request')} got the recorded tokens", end="")

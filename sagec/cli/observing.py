@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from sagec.cli.failure import InputError
 
@@ -99,14 +100,15 @@ class SpanFile:
     def __init__(self, path: str) -> None:
         """Raises OSError where there can be no such file."""
         self._path = path
-        self._file: BinaryIO | None = open(path, "wb", buffering=0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._number: int | None = os.open(path, flags, 0o666)
 
     def write(self, text: str) -> None:
         """Write a line."""
-        if self._file is None:
+        if self._number is None:
             return
         try:
-            self._file.write(text.encode())
+            os.write(self._number, text.encode())
         except OSError as error:
             print(
                 f"spans to {self._path} end here, serving goes on: {error.strerror}",
@@ -119,9 +121,9 @@ class SpanFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._number is not None:
+            os.close(self._number)
+            self._number = None
 
 
 def _missing(option: str, library: str) -> InputError:

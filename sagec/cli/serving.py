@@ -101,10 +101,14 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
 
     Raises UsageError where there is no such engine.
     """
-    name = engine or instance.engine
+    name = instance.engine if engine is None else engine
     if name not in engines.known():
         text = unknown("engine", name, engines.known())
-        raise UsageError(text) if engine else InputError(f"instance @{instance.name}: {text}")
+        raise (
+            UsageError(text)
+            if engine is not None
+            else InputError(f"instance @{instance.name}: {text}")
+        )
     options = {}
     if name == "torch":
         device = instance.devices[0].kind if instance.devices else "cpu"
@@ -239,6 +243,8 @@ def _report(args: argparse.Namespace, served: _Served, timeline: Timeline, name:
     else:
         writing.console(width=100).print(figures.table(summary, timeline))
         print(figures.sentence(summary))
+        if summary.output_tokens and not any(served.tokens.values()):
+            print("no texts: a simulator counts tokens and does not know them")
         for path, what in (
             (args.timeline, "timeline"),
             (args.trace, "trace (ui.perfetto.dev)"),

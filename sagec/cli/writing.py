@@ -69,8 +69,14 @@ def console(*, stderr: bool = False, width: int | None = None) -> Console:
     """
     from rich.console import Console
 
+    class PipedConsole(Console):
+        """Where the reader of a pipe has left, rich would end the process by itself."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     watched = sys.stderr.isatty() if stderr else is_terminal()
-    return Console(
+    return PipedConsole(
         stderr=stderr, highlight=False, soft_wrap=not watched, width=None if watched else width
     )
 
