@@ -50,7 +50,7 @@ cluster c {
   devices g0..g1 kind a100
   instances i0..i1 role both on g0..g1 engine sim model llama8b kv_blocks 20000 block 16 budget 2048
 }
-serve on c mode hybrid chunk 512 horizon 32 { request "any" tokens 1 generate 1 }
+serve on c mode hybrid chunk 512 horizon 64 { request "any" tokens 1 generate 1 }
 """
 APART = """
 cluster c {
@@ -59,7 +59,7 @@ cluster c {
   instances p0..p1 role prefill on g0..g1 engine sim model llama8b kv_blocks 800 block 512
   instances d0..d1 role decode on g2..g3 engine sim model llama8b kv_blocks 800 block 512
 }
-serve on c mode strict chunk 4096 horizon 32 { request "any" tokens 1 generate 1 }
+serve on c mode strict chunk 4096 horizon 64 { request "any" tokens 1 generate 1 }
 """
 TENANTS = ("a", "b", "c", "d")
 SHARES = (0.55, 0.25, 0.15, 0.05)

@@ -21,6 +21,9 @@ serve on desk with fifo mode hybrid chunk 32 horizon 8 {
   request "read-4" tokens 183 generate 50 tenant night
   request "read-5" tokens 184 generate 50 tenant night
   request "read-6" tokens 185 generate 50 tenant night
+  request "read-7" tokens 186 generate 50 tenant night
+  request "read-8" tokens 187 generate 50 tenant night
+  request "read-9" tokens 188 generate 50 tenant night
   request "token" prompt "Question: What is a token?\nAnswer:" generate 24 arrives 5ms ttft 150ms
       tenant day
   request "prefill" prompt "Question: What is prefill?\nAnswer:" generate 24 arrives 10ms ttft 150ms

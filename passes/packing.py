@@ -1,7 +1,8 @@
 """Which engine call computes what: the steps of one instance, packed one after the other.
 
-`packed` answers for all instances of a graph. `Packer` is the definition, step by step; `line` and
-`decodes_only` give what it gives, at once, for instances on which nothing competes.
+`packed` answers for all instances of a graph. `Packer` is the definition, step by step until only
+decodes are left; `line` and `decodes_only` give what it gives, at once, for instances on which
+nothing competes.
 """
 
 from __future__ import annotations
@@ -230,9 +231,9 @@ def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> 
         decodes = np.where(work.awaited, 0, decodes)
     rows, context, used = _staying(decodes, work.prompt, blocks, order.limit)
     if arrival_us:
-        alone = rows.tolist(), context.tolist(), used.tolist()
         columns = (column[awaited].tolist() for column in (work.decodes, work.prompt, blocks))
         joining = zip(arrival_us, *columns, strict=True)
+        alone = rows, context, used
         us, rows, used = _with_arrivals(work.instance.cost, alone, joining, order.limit)
     else:
         us = work.instance.cost.step_us(rows, context, context)
@@ -267,55 +268,90 @@ def _staying(decodes: Ints, prompt: Ints, blocks: Ints, limit: int) -> tuple[Int
     short = (decodes < steps).nonzero()[0]
     leaves = decodes[short]
 
-    def there(total: int, weights: Ints | None) -> Ints:
-        gone = np.bincount(leaves, weights, steps).cumsum()[:steps]
-        return (total - gone).astype(np.int64)
-
-    rows = there(len(decodes), None)
-    context = there(int(prompt.sum()), prompt[short])
-    used = there(int(blocks.sum()), blocks[short])
+    rows = _left(len(decodes), leaves, None, steps)
+    context = _left(int(prompt.sum()), leaves, prompt[short], steps)
+    used = _left(int(blocks.sum()), leaves, blocks[short], steps)
     return rows, context + rows * np.arange(steps), used
+
+
+def _left(total: float, at: Ints, gone: Ints | Floats | None, steps: int) -> Ints:
+    """What is left of `total` in each step when `gone`, each 1 if None, leaves at the steps `at`.
+
+    >>> _left(5, np.array([1, 2]), np.array([3, 2]), 4).tolist()
+    [5, 2, 0, 0]
+    """
+    return (total - np.bincount(at, gone, steps).cumsum()).astype(np.int64)
 
 
 def _with_arrivals(
     cost: StepCost,
-    residents: tuple[list[int], list[int], list[int]],
+    residents: tuple[Ints, Ints, Ints],
     joining: Iterable[tuple[float, int, int, int]],
     limit: int,
 ) -> tuple[Floats, Ints, Ints]:
     """Microseconds, tokens and blocks of each step, where rows join the residents as they arrive.
 
-    residents: as `_residents` says. joining: of each row, in order, when it arrives, the steps it
-    decodes, its prompt and its blocks.
+    residents: as `_staying` says. joining: of each row, in order, when it arrives, the steps it
+    decodes, its prompt and its blocks. Step by step until all have come, then at once.
     """
-    us: list[float] = []
-    tokens: list[int] = []
-    used: list[int] = []
+    here = [column.tolist() for column in residents]
+    steps: list[tuple[float, int, int]] = []
     leaves: dict[int, list[tuple[int, int]]] = defaultdict(list)
     waiting = deque(joining)
     now = 0.0
     joined = context = blocks = 0
-    while (step := len(us)) < limit:
+    while waiting and (step := len(steps)) < limit:
         for held, freed in leaves.pop(step, ()):
             joined, context, blocks = joined - 1, context - held, blocks - freed
         while waiting and waiting[0][0] <= now:
-            _, steps, prompt, taken = waiting.popleft()
+            _, decodes, prompt, taken = waiting.popleft()
             joined, context, blocks = joined + 1, context + prompt, blocks + taken
-            leaves[step + steps].append((prompt + steps, taken))
-        there = step < len(residents[0])
-        rows = joined + (residents[0][step] if there else 0)
-        if rows:
-            held = context + (residents[1][step] if there else 0)
-            us.append(cost.one_step_us(rows, held, held))
-            tokens.append(rows)
-            used.append(blocks + (residents[2][step] if there else 0))
-            now += us[-1]
+            leaves[step + decodes].append((prompt + decodes, taken))
+        alone = [column[step] for column in here] if step < len(here[0]) else _NOBODY
+        if rows := joined + alone[0]:
+            held = context + alone[1]
+            steps.append((cost.one_step_us(rows, held, held), rows, blocks + alone[2]))
+            now += steps[-1][0]
             context += joined
-        elif waiting:
-            now = waiting[0][0]
         else:
-            break
-    return np.array(us), np.array(tokens, np.int64), np.array(used, np.int64)
+            now = waiting[0][0]
+    rest, held_rest, used_rest = _all_there(
+        residents, (joined, context, blocks), leaves, len(steps), limit
+    )
+    us, tokens, used = np.array(steps, np.float64).reshape(-1, 3).T
+    return (
+        np.concatenate([us, cost.step_us(rest, held_rest, held_rest)]),
+        np.concatenate([tokens.astype(np.int64), rest]),
+        np.concatenate([used.astype(np.int64), used_rest]),
+    )
+
+
+_NOBODY = [0, 0, 0]
+
+
+def _all_there(
+    residents: tuple[Ints, Ints, Ints],
+    joined: tuple[int, int, int],
+    leaves: dict[int, list[tuple[int, int]]],
+    begin: int,
+    limit: int,
+) -> tuple[Ints, Ints, Ints]:
+    """Rows, tokens of KV and blocks of each step from `begin` on, when nobody joins any more.
+
+    joined: these of the rows that joined before. leaves: by step, KV and blocks of each of those
+    that leaves.
+    """
+    end = min(limit, max([len(residents[0]), *leaves]))
+    steps = max(0, end - begin)
+    gone = [(at - begin, *one) for at, left in leaves.items() if at < end for one in left]
+    at, held, freed = np.array(gone, np.int64).reshape(-1, 3).T
+    rows = _left(joined[0], at, None, steps)
+    context = _left(joined[1], at, held, steps) + rows.cumsum() - rows
+    used = _left(joined[2], at, freed, steps)
+    for column, alone in zip((rows, context, used), residents, strict=True):
+        more = alone[begin:end]
+        column[: len(more)] += more
+    return rows, context, used
 
 
 # Anything
@@ -386,6 +422,9 @@ class Packer:
             self._leave()
             if self.standing or self.awaited:
                 self._join()
+            if self._only_decodes():
+                self._decode_on()
+                break
             if not self._pack() and not self._unblock():
                 break
         return Packed(
@@ -433,6 +472,27 @@ class Packer:
             self.arrival_us.popleft()
             self.free -= int(self.blocks[row])
             self._decode_here(row)
+
+    def _only_decodes(self) -> bool:
+        """Whether nothing happens any more but that rows decode and leave."""
+        queues = (self.running, self.waiting, self.standing, self.awaited, self.returned)
+        return not any(queues)
+
+    def _decode_on(self) -> None:
+        """Pack the steps that are left, all at once, where only rows leave in between."""
+        left = self.order.limit - len(self.us)
+        leaves = [(clock - self.clock, *gone) for clock, gone in self.leaves.items()]
+        at, rows, context, blocks = np.array(leaves, np.int64).reshape(-1, 4).T
+        steps = left if rows.sum() < self.active else min(left, int(at.max(initial=0)))
+        inside = at < steps
+        at, rows, context, blocks = (column[inside] for column in (at, rows, context, blocks))
+        active = _left(self.active, at, rows, steps)
+        held = _left(self.context, at, context, steps) + active.cumsum() - active
+        used = _left(self.work.instance.kv_blocks - self.free, at, blocks, steps)
+        self.us += self.work.instance.cost.step_us(active, held, held).tolist()
+        self.tokens += active.tolist()
+        self.used_blocks += used.tolist()
+        self.clock += steps
 
     def _decode(self, row: int, prompt: int, steps: int, blocks: int) -> None:
         """The row decodes from the step that is packed next, and is done after its last one."""

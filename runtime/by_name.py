@@ -32,8 +32,11 @@ def no_such(what: str, name: str, there: Sequence[str]) -> str:
 
     >>> no_such("policy", "lry", ["arc", "lru"])
     "no policy 'lry'; did you mean 'lru'? (there are: arc, lru)"
+    >>> no_such("strategy", "slo", ["fifo", "slo-aware"])
+    "no strategy 'slo'; did you mean 'slo-aware'? (there are: fifo, slo-aware)"
     """
-    close = difflib.get_close_matches(name, there, n=1)
+    longer = [each for each in there if len(name) > 1 and each.startswith(name)]
+    close = longer or difflib.get_close_matches(name[:100], there, n=1)
     listed = f"there are: {', '.join(there)}" if there else "there are none"
     hint = f"did you mean {close[0]!r}? ({listed})" if close else listed
     return f"no {what} {name!r}; {hint}"

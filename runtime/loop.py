@@ -9,8 +9,9 @@
 
 A request goes waiting -> running (prefilling, arriving elsewhere, decoding) -> finished. A token's
 index in its request is its identity: one that is there already is dropped, a gap fails the request.
-A round asks the strategy and the planner. There is one when a request came, a plan is done, KV came
-for an instance whose plan does not await it, or something failed; never one for a mere step.
+A round asks the strategy and the planner. There is one when a request came, a plan is done and
+somebody could use its instance, KV came for an instance whose plan does not await it, or something
+failed; never one for a mere step.
 """
 
 import dataclasses
@@ -642,7 +643,15 @@ class Loop:
         plan = self._plans[index]
         if plan is not None and plan.plan_id == event.plan_id:
             self._plans[index] = None
-            self._due = True
+            self._due |= self._is_idle_in_vain()
+
+    def _is_idle_in_vain(self) -> bool:
+        """Whether somebody waits, or is on an instance that has no plan."""
+        table = self._table
+        idle = np.array([plan is None for plan in self._plans]) & self._alive
+        on_idle = idle[table.instance] | idle[table.decode_on]
+        there = (table.phase == WAITING) | ((table.phase >= RUNNING) & on_idle)
+        return bool(there.any())
 
     def _left(self, event: Cancelled) -> None:
         serving = self._serving.get(event.request_id)

@@ -474,7 +474,7 @@ class RequestTable:
     def progress(self, row: int, computed_tokens: int) -> None:
         """An instance holds KV of so many tokens."""
         self.computed_tokens[row] = computed_tokens
-        self._touch([row])
+        self._changed[row] = self._usage.changed[row] = True
 
     def generated(
         self,
@@ -495,7 +495,7 @@ class RequestTable:
             np.add.at(self.output_tokens, at, count)
             bounded = self.remaining_tokens[at] != UNBOUNDED
             np.subtract.at(self.remaining_tokens, at, count * bounded)
-            self._touch(rows)
+            self._touch(at)
 
     def move(self, row: int, instance: int, arriving: bool) -> None:
         """The request's KV is on its way to an instance, or has come there."""
@@ -551,7 +551,7 @@ class RequestTable:
         self.phase[row] = phase
         self._usage.changed[row] = True
 
-    def _touch(self, rows: Sequence[int]) -> None:
+    def _touch(self, rows: Sequence[int] | Ints) -> None:
         """Something of these running rows has changed."""
         self._changed[rows] = self._usage.changed[rows] = True
 

@@ -14,6 +14,8 @@ from html import escape
 from typing import Any
 
 from sagec.runtime.engines import KVExported, KVImported, StepReport
+from sagec.runtime.loop import Arrived, Finished
+from sagec.runtime.report import RequestReport
 
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
 
@@ -22,6 +24,9 @@ _LEFT, _RIGHT, _TOP = 96, 24, 78
 _LANE, _GAP, _BAR, _STRIP = 64, 30, 38, 14
 _MIN_PX = 0.75
 """No bar is drawn thinner, and bars of a kind closer than this are drawn as one."""
+
+_ROW, _ROW_BAR, _MOST_ROWS = 15, 9, 24
+"""A request has a row below the lanes, where there are no more of them than this."""
 
 _LABEL_PX = 6.1
 """Width of a letter of a label."""
@@ -42,6 +47,8 @@ text { font: 11px ui-sans-serif, system-ui, "DejaVu Sans", sans-serif; fill: #76
 .decode { fill: #d9822b; }
 .kv { fill: #009e73; fill-opacity: 0.30; }
 .move { fill: #009e73; }
+.wait { fill: #808791; fill-opacity: 0.45; }
+.promise { stroke: #cc3311; stroke-width: 2; }
 .arrow { fill: none; stroke: #009e73; stroke-width: 1.3; }
 """.strip()
 
@@ -66,12 +73,18 @@ class Timeline:
         self.instances = list(instances)
         self.steps: list[StepReport] = []
         self.moves: list[Move] = []
+        self.reports: list[RequestReport] = []
+        self.promised_us: dict[str, int | None] = {}
 
     def hear(self, event: object) -> None:
-        """Note a step or a hand-over; all else leaves no mark."""
+        """Note a step, a hand-over, or a request's promise and end; all else leaves no mark."""
         if isinstance(event, StepReport):
             self.steps.append(event)
             self._know(event.instance)
+        elif isinstance(event, Arrived):
+            self.promised_us[event.request.id] = event.request.ttft_us
+        elif isinstance(event, Finished):
+            self.reports.append(event.report)
         elif isinstance(event, KVExported):
             self._know(event.handle.source)
             self._know(event.handle.target)
@@ -105,6 +118,9 @@ class Timeline:
 
     def to_svg(self, title: str = "") -> str:
         """A picture: a lane an instance, hand-overs between lanes, milliseconds along the bottom.
+
+        Below the lanes, where they are few, each request's waiting, prefill and decoding, and when
+        its first token was promised.
 
         It has no background, and reads on a light and on a dark page.
         """
@@ -149,7 +165,11 @@ class _Drawing:
         self._title = title
         self._begin_us, self._end_us = timeline.span_us
         self._top = {name: _TOP + i * (_LANE + _GAP) for i, name in enumerate(timeline.instances)}
-        self._bottom = _TOP + max(1, len(self._top)) * (_LANE + _GAP) - _GAP
+        reports = timeline.reports if len(timeline.reports) <= _MOST_ROWS else []
+        came = {name: index for index, name in enumerate(timeline.promised_us)}
+        self._rows = sorted(reports, key=lambda report: came.get(report.request_id, len(came)))
+        self._rows_top = _TOP + max(1, len(self._top)) * (_LANE + _GAP) - _GAP + 16
+        self._bottom = self._rows_top + (len(self._rows) * _ROW if self._rows else -16)
         self._most_blocks = max((step.kv_blocks_used for step in timeline.steps), default=0)
 
     def lines(self) -> Iterator[str]:
@@ -169,6 +189,8 @@ class _Drawing:
         for name in self._timeline.instances:
             yield from self._lane(name)
         yield from self._arrows()
+        for index, report in enumerate(self._rows):
+            yield from self._row(report, self._rows_top + index * _ROW)
         yield "</svg>"
 
     def _x(self, time_us: int) -> float:
@@ -183,14 +205,18 @@ class _Drawing:
             counts += f" · {len(timeline.moves)} hand-overs, {moved} of KV"
         yield f'<text class="title" x="{_LEFT}" y="26">{escape(self._title or "Timeline")}</text>'
         yield f'<text x="{_LEFT}" y="46">{counts}</text>'
-        x = WIDTH - _RIGHT - 402
-        for css, name, advance in (
+        promised = self._rows and any(timeline.promised_us.values())
+        legend = [
+            *((("promise", "TTFT promised", 112),) if promised else ()),
+            *((("wait", "waits", 62),) if self._rows else ()),
             (PREFILL, "prefill", 70),
             (DECODE, "decode", 72),
             (MIXED, "both in a step", 110),
-            ("move", "KV hand-over", 104),
-            ("kv", "KV held", 0),
-        ):
+            *((("move", "KV hand-over", 104),) if timeline.moves else ()),
+            ("kv", "KV held", 70),
+        ]
+        x = WIDTH - _RIGHT - sum(advance for _, _, advance in legend)
+        for css, name, advance in legend:
             yield from _swatch(css, x, 36)
             yield f'<text x="{x + 17}" y="46">{name}</text>'
             x += advance
@@ -286,6 +312,39 @@ class _Drawing:
             f"<title>{escape(told)}</title></rect>"
         )
 
+    def _row(self, report: RequestReport, top: int) -> Iterator[str]:
+        """A request from its arrival to its end, and when its first token was promised."""
+        name = report.request_id
+        yield (
+            f'<text x="{_LEFT - 12}" y="{top + _ROW_BAR}" '
+            f'text-anchor="end">{escape(_shortened(name, 13))}</text>'
+        )
+        admitted_us = report.end_us if report.admitted_us is None else report.admitted_us
+        first_us = report.end_us if report.first_token_us is None else report.first_token_us
+        for css, told, begin_us, end_us in (
+            ("wait", "waits", report.arrival_us, admitted_us),
+            (PREFILL, "prefill", admitted_us, first_us),
+            (DECODE, "decode", first_us, report.end_us),
+        ):
+            begin_px, end_px = self._inside(begin_us), self._inside(end_us)
+            if end_px > begin_px:
+                yield (
+                    f'<rect class="{css} row" x="{_px(begin_px)}" y="{top}" height="{_ROW_BAR}" '
+                    f'width="{_px(end_px - begin_px)}"><title>{escape(name)}: {told} '
+                    f"{_ms(end_us - begin_us)} ms</title></rect>"
+                )
+        if (promised_us := self._timeline.promised_us.get(name)) is not None:
+            x = _px(self._inside(report.arrival_us + promised_us))
+            told = f"{escape(name)}: first token promised"
+            yield (
+                f'<line class="promise" x1="{x}" y1="{top - 2}" x2="{x}" y2="{top + _ROW_BAR + 2}">'
+                f"<title>{told}</title></line>"
+            )
+
+    def _inside(self, time_us: int) -> float:
+        """Where a moment lies, or the edge that it lies beyond."""
+        return min(max(self._x(time_us), _LEFT), WIDTH - _RIGHT)
+
     def _arrows(self) -> Iterator[str]:
         """Where KV left and where it arrived, as a curve between the lanes."""
         moves = self._timeline.moves
@@ -308,6 +367,9 @@ class _Drawing:
 
 def _swatch(css: str, x: int, y: int) -> Iterator[str]:
     """A sample of a colour for the legend; a mixed one has both."""
+    if css == "promise":
+        yield f'<line class="promise" x1="{x + 10}" y1="{y}" x2="{x + 10}" y2="{y + 12}"/>'
+        return
     if css != MIXED:
         yield f'<rect class="{css}" x="{x}" y="{y}" width="12" height="12" rx="2"/>'
         return

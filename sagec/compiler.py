@@ -51,13 +51,13 @@ class Unit:
         graph = next(flow.graphs(self.module), None)
         return graph.text("policy", "") if graph is not None else ""
 
-    def make_strategy(self, text: str = "") -> Strategy:
+    def make_strategy(self, text: str | None = None) -> Strategy:
         """The strategy that the file serves with, fifo where it names none.
 
         text: another one instead: the name of one of the file's, or what `strategies.strategy_of`
         takes. Raises StrategyError; Diagnostic for a statement that is wrong.
         """
-        named = text or self.strategy or "fifo"
+        named = (self.strategy or "fifo") if text is None else text
         stated = self.program.strategies if self.program is not None else ()
         own = {statement.name.text: statement for statement in stated}
         if named in own:

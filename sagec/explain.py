@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sagec.diagnostics import there_are
+from sagec.runtime.loop import Instance
 from sagec.runtime.recording import Recording, RecordingError, Round
 from sagec.runtime.recording.entries import (
     Came,
@@ -133,7 +134,7 @@ def story_of(recording: Recording, request_id: str) -> Story:
     if request_id not in numbers:
         said = there_are(request_id, numbers)
         raise RecordingError(f"{recording.path}: no request {request_id!r}; {said}")
-    facts = _Facts(numbers[request_id])
+    facts = _Facts(numbers[request_id], recording.header.instances)
     for entry in recording.everything():
         facts.hear(entry)
         if facts.end is not None:
@@ -166,8 +167,9 @@ class _Look:
 class _Facts:
     """All that entries say of one request, and of what ran beside it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, instances: Sequence[Instance]) -> None:
         self.number = number
+        self.pools = {instance.id: instance.pool for instance in instances if instance.pool}
         self.came: Came | None = None
         self.ids: dict[int, str] = {}
         self.looks: list[_Look] = []
@@ -533,12 +535,23 @@ def _gap(facts: _Facts, index: int) -> Span:
     )
     idle_us = end_us - begin_us - busy_us
     idle = f", and computed nothing for {shown(idle_us)}" if idle_us > busy_us // 10 else ""
+    if idle and (others := _with_the_turn(facts, meanwhile[0].instance, begin_us, end_us)):
+        idle += f", while {named(others)} had the turn"
     cause = ""
     if any(begin_us <= loss.time_us <= end_us for loss in facts.losses):
         cause = "; it had lost its place"
     elif any(begin_us < move.end_us and move.begin_us < end_us for move in facts.moves):
         cause = "; its KV was on its way"
     return Span("gap", begin_us, end_us, f"{text}: {ran}{idle}{cause}.")
+
+
+def _with_the_turn(facts: _Facts, instance: str, begin_us: int, end_us: int) -> list[str]:
+    """Instances of the same pool that computed between two moments."""
+    pool = facts.pools.get(instance)
+    ran = (s.instance for s in facts.steps if begin_us < s.end_us and s.begin_us < end_us)
+    return list(
+        dict.fromkeys(n for n in ran if n != instance and pool and facts.pools.get(n) == pool)
+    )
 
 
 def _work(facts: _Facts, steps: Sequence[Step]) -> str:

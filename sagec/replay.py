@@ -96,8 +96,8 @@ class Change:
     other_reason: str
 
     def __str__(self) -> str:
-        before = f"{self.recorded} ({self.recorded_reason or 'no reason'})"
-        now = f"{self.other} ({self.other_reason or 'no reason'})"
+        before = self.recorded + (f" ({self.recorded_reason})" if self.recorded_reason else "")
+        now = self.other + (f" ({self.other_reason})" if self.other_reason else "")
         return f"round {self.round}: {self.request_id}: {before} -> {now}"
 
     def as_json(self) -> dict[str, Any]:

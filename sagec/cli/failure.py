@@ -6,7 +6,6 @@ import difflib
 import itertools
 import os
 import re
-import sys
 from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
@@ -44,10 +43,12 @@ def report(error: BaseException, stream: TextIO) -> int:
         stream.write("sagec: interrupted\n")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # Whoever read our output has had enough, which is no error; Python would complain once
-        # more when it closes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # Whoever read our output has had enough, which is no error.
+        _drop_stdout()
         return 0
+    if isinstance(error, OSError) and error.filename is None and not _takes_output():
+        _drop_stdout()
+        error.filename = "stdout"
     if (text := message(error)) is not None:
         stream.write(f"{text}\n")
         return BAD_USAGE if isinstance(error, UsageError) else BAD_INPUT
@@ -57,6 +58,20 @@ def report(error: BaseException, stream: TextIO) -> int:
         "SAGEC_DEBUG=1 to see where, and report it with the command and the file)\n"
     )
     return INTERNAL
+
+
+def _takes_output() -> bool:
+    """Whether stdout does; only writing tells, so that an empty line ends what was printed."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _drop_stdout() -> None:
+    """Nothing more is written there; Python would complain once more when it closes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def message(error: BaseException) -> str | None:
@@ -80,18 +95,8 @@ def _usage(error: Any) -> str:
 
 
 def _os_error(error: OSError) -> str:
-    name = error.filename or ("stdout" if _is_stdout_full() else None)
-    where = f"{name}: " if name else ""
+    where = f"{error.filename}: " if error.filename else ""
     return f"error: {where}{error.strerror or _one_line(error)}{_nearby(error)}"
-
-
-def _is_stdout_full() -> bool:
-    """Whether what was printed still cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _nearby(error: OSError) -> str:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         served.follow(executor.serve(requests, strategy, planner))
     if recorder is not None and recorder.lost_rounds:
         print(f"{args.record}: {recorder.lost_rounds} rounds are not in it", file=sys.stderr)
-    return _report(args, served, timeline, unit.name)
+    return _report(args, served, timeline, f"{unit.name}, {strategy.name}")
 
 
 def strategy_for(unit: Unit, text: str | None) -> Strategy:
@@ -232,10 +232,10 @@ class _Served:
         )
 
 
-def _report(args: argparse.Namespace, served: _Served, timeline: Timeline, name: str) -> int:
+def _report(args: argparse.Namespace, served: _Served, timeline: Timeline, title: str) -> int:
     summary = served.summary(timeline)
     if args.timeline:
-        writing.write_text(args.timeline, timeline.to_svg(name))
+        writing.write_text(args.timeline, timeline.to_svg(title))
     if args.trace:
         writing.write_text(args.trace, timeline.to_trace())
     if args.json:

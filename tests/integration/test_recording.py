@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -128,10 +129,10 @@ def test_other_tokens_are_an_error(run: str, capsys: Captured, tmp_path: Path) -
 
 def test_a_story_is_told(run: str, capsys: Captured) -> None:
     out, _ = said(["explain", run, "--request", "long"], capsys)
-    assert "with a prompt of 1024 tokens, to generate at most 25 tokens; promised: TTFT 0 ms" in out
+    assert "with a prompt of 1024 tokens, to generate at most 25 tokens; promised: TTFT 1 us" in out
     assert "Round 0 gave it to p0, to decode on d0: its turn, and it fits." in out
     assert "p0 computed 1024 tokens of its prompt in" in out
-    assert "the promised 0 ms missed by" in out
+    assert "the promised 1 us missed by" in out
     told = json.loads(said(["explain", run, "--request", "long", "--json"], capsys)[0])
     assert told["report"]["output_tokens"] == 25
 
@@ -271,3 +272,56 @@ def test_the_benchmark_of_recording_runs(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert figures(tmp_path / "recorder.json")["run"]["rounds"] > 0
     assert "| running |" in (tmp_path / "recorder.md").read_text(encoding="utf-8")
+
+
+def test_step_times_are_held_against_predictions(capsys: Captured, tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "rivals.sage").read_text("utf-8")
+    source, path = tmp_path / "rivals.sage", str(tmp_path / "sim.rec")
+    source.write_text(text.replace('from "', f'from "{ROOT}/examples/'), encoding="utf-8")
+    out, _ = said(
+        ["run", str(source), "--engine", "sim", "--one-process", "--record", path], capsys
+    )
+    assert "no texts: a simulator counts tokens and does not know them" in out
+    out, _ = said(["replay", path, "--steps"], capsys)
+    assert "steps against predicted times" in out
+    assert "100%" in out  # the simulator takes what the compiler predicts
+    (row,) = json.loads(said(["replay", path, "--steps", "--json"], capsys)[0])
+    assert row["instance"] == "i0"
+    assert row["num_close"] == row["num_steps"] > 0
+    out, _ = said(["replay", path, "--on", "sim"], capsys)
+    assert "0 of 0 requests got the recorded tokens; 12 not compared" in out
+    out, _ = said(["explain", path, "--request", "token"], capsys)
+    assert re.search(r"i0 decoded 23 more tokens in .* ms", out)
+
+
+def test_other_engines_than_the_recorded_one_are_named(run: str, capsys: Captured) -> None:
+    out, _ = said(["replay", run, "--on", "sim"], capsys)
+    assert "2 requests served again on sim, recorded on echo\n" in out
+    for engine in ("", "ech"):
+        _, err = said(["replay", run, "--on", engine], capsys, code=2)
+        assert err.startswith(f"sagec: error: no engine {engine!r}; ")
+
+
+def test_damage_is_named_though_nothing_is_found(
+    run: str, capsys: Captured, tmp_path: Path
+) -> None:
+    content = Path(run).read_bytes()
+    cut = tmp_path / "cut.rec"
+    cut.write_bytes(content[: content.index(b"\xc1sg", 30) + 20])
+    for argv in (["explain", str(cut), "--request", "long"], ["replay", str(cut), "--round", "1"]):
+        _, err = said(argv, capsys, code=1)
+        assert "it ends within a frame" in err
+        assert err.splitlines()[-1].startswith(f"error: {cut}: no ")
+    out, _ = said(["explain", str(cut)], capsys, code=1)
+    assert out == f"{cut}: no request ended in it\n"
+
+
+def test_requests_that_had_not_ended_are_listed(run: str, capsys: Captured, tmp_path: Path) -> None:
+    content = Path(run).read_bytes()
+    for end in range(len(content) - 1, 0, -1):
+        if content.startswith(b"\xc1sg", end):
+            break
+    cut = tmp_path / "cut.rec"
+    cut.write_bytes(content[:end])
+    out, _ = said(["explain", str(cut)], capsys)
+    assert re.search(r"\d requests? had not ended with the recording: ", out)

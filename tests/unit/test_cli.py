@@ -393,3 +393,61 @@ def test_unknown_names_are_listed_where_the_list_is_short() -> None:
     )
     many = [f"pass-{i}" for i in range(100)]
     assert "there are" not in failure.unknown("pass", "x", many)
+
+
+def piped(command: list[str], shell: str) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of a command, which it finds as "$@"."""
+    return subprocess.run(
+        ["bash", "-c", shell, "-", sys.executable, "-m", "sagec.cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        pytest.param('"$@" | true; exit ${PIPESTATUS[0]}', 0, "", id="a-reader-that-left"),
+        pytest.param('"$@" >&-', 0, "", id="closed"),
+        pytest.param('"$@" <&- >&- 2>&-', 0, "", id="all-closed"),
+        pytest.param(
+            '"$@" >/dev/full', 1, "error: stdout: No space left on device\n", id="full-disk"
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["strategies"], ["passes", "--json"]], ids=["rich", "plain"])
+def test_a_stdout_that_takes_nothing_is_no_fault_of_sagec(
+    command: list[str], shell: str, code: int, said: str
+) -> None:
+    done = piped(command, shell)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("option", ["--timeline", "--trace", "--record", "--spans"])
+def test_what_cannot_be_written_is_said_before_anything_is_served(
+    option: str, capsys: Captured, tmp_path: Path
+) -> None:
+    command = ["run", "examples/tour.sage", "--engine", "echo", "--one-process", option]
+    assert main([*command, str(tmp_path)]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"error: {tmp_path}: a folder; the name of a file is wanted\n",
+    )
+    assert main([*command, str(tmp_path / "none" / "x")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/none: no such folder to write to\n"
+
+
+def test_spans_that_find_no_room_are_dropped_and_serving_goes_on(capsys: Captured) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    command = ["run", "examples/tour.sage", "--engine", "echo", "--one-process"]
+    assert main([*command, "--json", "--spans", "/dev/full"]) == 0
+    expected = "spans to /dev/full end here, serving goes on: No space left on device\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("option", ["--strategy", "--engine"])
+def test_an_empty_name_is_no_name(option: str, capsys: Captured) -> None:
+    assert main(["run", "examples/tour.sage", option, ""]) == 2
+    assert capsys.readouterr().err.startswith("sagec: error: ")

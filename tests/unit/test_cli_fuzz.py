@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import tempfile
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from sagec.cli import main
 from sagec.runtime.plan import ExecutionPlan, PlanError, check, decode, from_json, to_json
+from tests.echo_cluster import requests
+from tests.recordings import recorded
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.sage"))
@@ -169,6 +172,43 @@ def check_options(text: str) -> None:
         assert_well_said(["compile", f"--pipeline={text}", str(path)])
 
 
+def check_recording(edits: list[tuple[float, bytes]], cut: float) -> None:
+    """Every command that reads a recording, of one with other bytes in it, perhaps cut short."""
+    content = bytearray(_recording())
+    for place, piece in edits:
+        at = int(place * len(content))
+        content[at : at + len(piece)] = piece
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "fuzz.rec")
+        path.write_bytes(content[: round(cut * len(content))])
+        for command in (
+            ["replay"],
+            ["replay", "--steps"],
+            ["replay", "--round", "1"],
+            ["replay", "--strategy", "priority"],
+            ["explain"],
+            ["explain", "--request", "r1"],
+        ):
+            assert_well_said([*command, str(path)])
+
+
+@functools.cache
+def _recording() -> bytes:
+    """The bytes of a small recording."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.rec")
+        recorded(path, requests(4))
+        return path.read_bytes()
+
+
+def check_strategy(text: str) -> None:
+    """A strategy of the command line is one, or is refused with a line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.rec")
+        path.write_bytes(_recording())
+        assert_well_said(["replay", f"--strategy={text}", str(path)])
+
+
 def check_words(words: list[str]) -> None:
     # An argument cannot hold a NUL; `run` would serve and `--help` prints, which is no error.
     clean = [word.replace("\0", "") for word in words]
@@ -235,6 +275,15 @@ WORDS = st.lists(
             "passes",
             "doctor",
             "completion",
+            "strategies",
+            "replay",
+            "explain",
+            "--strategy",
+            "--request",
+            "--round",
+            "--steps",
+            "--on",
+            "--limit",
             "-p",
             "-o",
             "-t",
@@ -246,6 +295,18 @@ WORDS = st.lists(
     | st.text(max_size=5),
     max_size=5,
 )
+
+BYTES = st.lists(st.tuples(st.floats(0, 0.999), st.binary(max_size=6)), max_size=3)
+
+STRATEGIES = st.lists(
+    st.sampled_from(
+        ["fifo", "slo-aware", "priority", "{", "}", "=", " ", ",", "margin", "chooser", "reject",
+         "weighted", "0.5", "-1", "1e999", "true", '"', "strategy", "x", "order by", "arrival",
+         "admit while", "kv_free", "< 5%", "preempt max", "slack", "%"]
+    )
+    | st.text(max_size=3),
+    max_size=8,
+).map("".join)  # fmt: skip
 
 Check = Callable[..., None]
 
@@ -262,6 +323,8 @@ CASES = [
     pytest.param(check_mlir, (st.sampled_from(PAGES), EDITS), 60, id="mlir"),
     pytest.param(check_sage, (st.sampled_from(EXAMPLES), EDITS), 60, id="sage"),
     pytest.param(check_options, (OPTIONS,), 60, id="options"),
+    pytest.param(check_recording, (BYTES, st.just(1.0) | st.floats(0, 1)), 30, id="recording"),
+    pytest.param(check_strategy, (STRATEGIES,), 40, id="strategy"),
     pytest.param(check_words, (WORDS,), 40, id="words"),
     pytest.param(check_plan_json, (EDITS,), 60, id="plan-json"),
     pytest.param(check_plan_bytes, (st.binary(max_size=200),), 40, id="plan-bytes"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
-from sagec.explain import report_row, slowest, story_of
+from sagec.explain import report_row, slowest, story_of, unfinished
 from sagec.runtime import engines, loop
 from sagec.runtime.clock import VirtualClock
 from sagec.runtime.recording import Header, Recorder, Recording, RecordingError
 from sagec.runtime.report import RequestReport
 from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.state import REJECT, Decision, Instances, Running, State, Waiting
 from tests.echo_cluster import Served, requests
 from tests.recordings import recorded
 
@@ -138,9 +141,12 @@ def report(name: str, reason: FinishReason) -> RequestReport:
     )
 
 
-def told_of(path: Path, *said: object) -> list[str]:
-    with Recorder(path, Header(strategy="fifo"), VirtualClock()) as recorder:
-        recorder.hear(loop.Arrived(Request(id="a", prompt=(1, 2))))
+def told_of(
+    path: Path, *said: object, timeout_us: int | None = None, header: Header | None = None
+) -> list[str]:
+    """The story of request a, of whose recording this was heard after its coming."""
+    with Recorder(path, header or Header(strategy="fifo"), VirtualClock()) as recorder:
+        recorder.hear(loop.Arrived(Request(id="a", prompt=(1, 2), timeout_us=timeout_us)))
         for one in said:
             recorder.hear(one)
     return story_of(Recording(path), "a").sentences
@@ -181,3 +187,123 @@ def test_a_cancelled_request_says_when_its_client_left(tmp_path: Path) -> None:
         "Its client cancelled it.",
         "It ended 0.5 ms after it came, with 0 tokens: cancelled.",
     ]
+
+
+def test_requests_that_had_not_ended_are_known(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "x.rec", Header(strategy="fifo"), VirtualClock()) as recorder:
+        for name in ("a", "b", "b"):
+            recorder.hear(loop.Arrived(Request(id=name, prompt=(1,))))
+        recorder.hear(loop.Refused("b", "request 'b' is being served"))
+        record = report("a", FinishReason.STOP)
+        recorder.hear(loop.Finished("a", FinishReason.STOP, "", record))
+    assert unfinished(Recording(tmp_path / "x.rec")) == ["b"]
+
+
+def step(begin_us: int, **said: object) -> engines.StepReport:
+    return engines.StepReport(
+        instance="d0", plan_id="p", step=0, begin_us=begin_us, end_us=begin_us + 1000, **said
+    )
+
+
+def test_tokens_of_which_only_the_number_is_known_have_times(tmp_path: Path) -> None:
+    told = told_of(
+        tmp_path / "x.rec",
+        step(0, chunks=(("a", 0, 2),), advanced=(("a", 0, 1),)),
+        step(2000, advanced=(("a", 1, 4),), steps=4),
+    )
+    assert "d0 decoded 4 more tokens in 2 ms, 0.5 ms each." in told
+
+
+def test_what_is_computed_again_is_no_prompt(tmp_path: Path) -> None:
+    told = told_of(
+        tmp_path / "x.rec",
+        step(0, chunks=(("a", 0, 2),)),
+        loop.Retried("a", "d0", "instance 'd0': killed", 1),
+        step(5000, chunks=(("a", 0, 2), ("a", 2, 9)), reused=(("a", 1),)),
+    )
+    assert "d0 computed 2 tokens of its prompt in 1 step that took 1 ms." in told
+    assert "d0 lost its KV (killed); it started over." in told
+    assert told[-2] == (
+        "d0 computed 2 tokens of its prompt and 7 tokens of its output again in 1 step that took "
+        "1 ms; 1 more came from the prefix cache."
+    )
+
+
+def state(waiting: Waiting, number: int) -> State:
+    return State(
+        now_us=1000 * number,
+        round=number,
+        waiting=waiting,
+        running=Running.of([]),
+        instances=Instances.of(["d0"]),
+    )
+
+
+def test_who_was_admitted_and_left_out_of_the_plans_did_not_go_before(tmp_path: Path) -> None:
+    waiting = Waiting.of(["a", "b"], sequence=[1, 2])
+    both = Decision.admit(np.array([1, 0]), waiting, "its turn")
+    early, later = state(waiting, 0), state(waiting, 1)
+    told = told_of(
+        tmp_path / "x.rec",
+        loop.Arrived(Request(id="b", prompt=(1,))),
+        loop.Planned(early, both, (), 1.0, 1.0),
+        loop.Planned(later, Decision.defer(waiting, "no room"), (), 1.0, 1.0),
+    )
+    assert "it was admitted, but the plans of the round had no room for it." in told[1]
+    assert "went before it" not in "".join(told)
+
+
+def test_a_rejection_of_a_round_comes_with_its_reason(tmp_path: Path) -> None:
+    waiting = Waiting.of(["a"])
+    rejected = dataclasses.replace(
+        Decision.defer(waiting, "too late"), verdict=np.array([REJECT], np.int8)
+    )
+    told = told_of(tmp_path / "x.rec", loop.Planned(state(waiting, 0), rejected, (), 1.0, 1.0))
+    assert told[1] == "Round 0 rejected it: too late."
+
+
+def test_a_client_that_waits_so_long_is_part_of_the_story(tmp_path: Path) -> None:
+    end = loop.Finished("a", FinishReason.TIMEOUT, "", report("a", FinishReason.TIMEOUT))
+    told = told_of(tmp_path / "x.rec", end, timeout_us=500)
+    assert told[0].endswith("; its client waits 0.5 ms.")
+    assert told[-1] == "It ended 0.5 ms after it came, with 0 tokens: timeout."
+
+
+def test_an_idle_instance_of_a_pool_says_who_had_the_turn(tmp_path: Path) -> None:
+    capability = engines.Capability(
+        kv_blocks=4, block_tokens=4, kv_layout="x", max_context_tokens=9, kv_bytes_per_token=1
+    )
+    pooled = tuple(
+        loop.Instance(id=name, role="both", engine="echo", capability=capability, pool=pool)
+        for name, pool in (("d0", "gpu"), ("d1", "gpu"), ("d2", "another"))
+    )
+    others = [msgspec.structs.replace(step(2000), instance=name) for name in ("d1", "d2")]
+    told = told_of(
+        tmp_path / "x.rec",
+        step(0, chunks=(("a", 0, 2),)),
+        loop.Token("a", 0, 7, 1000),
+        *others,
+        step(5000, decodes=("a",)),
+        loop.Token("a", 1, 7, 6000),
+        header=Header(strategy="aegaeon", instances=pooled),
+    )
+    assert "and computed nothing for 4 ms, while d1 had the turn." in told[-2]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        ("no room", "no room", "no room"),
+        ("slack 90 ms", "slack 40 ms", "slack 90 (at last 40) ms"),
+        ("1.5 of 2", "1.5 of 3", "1.5 of 2 (at last 3)"),
+    ],
+)
+def test_reasons_that_differ_in_numbers_are_told_as_one(
+    first: str, last: str, told: str, tmp_path: Path
+) -> None:
+    waiting = Waiting.of(["a"])
+    said = [
+        loop.Planned(state(waiting, number), Decision.defer(waiting, reason), (), 1.0, 1.0)
+        for number, reason in enumerate((first, last))
+    ]
+    assert told_of(tmp_path / "x.rec", *said)[1] == f"It waited 1 ms (rounds 0 to 1): {told}."

@@ -29,6 +29,7 @@ from sagec.runtime.loop import (
     Joined,
     Loop,
     LoopError,
+    Planned,
     Refused,
     Submit,
     Token,
@@ -465,6 +466,18 @@ def test_a_plan_done_that_was_superseded_starts_no_round():
     driven = Driven()
     driven.send(Arrived(REQUEST))
     assert driven.send(PlanDone(instance="x0", plan_id="older"), kind=Submit) == []
+
+
+def test_a_plan_that_is_done_starts_a_round_only_where_somebody_could_use_its_instance():
+    driven = Driven(SPLIT)
+    plans = {s.instance: s.plan for s in driven.send(Arrived(REQUEST), kind=Submit)}
+    assert plans.keys() == {"p0", "d0"}
+    driven.engines["p0"].submit(plans["p0"], [REQUEST])
+    events = [event for _ in range(2) for event in driven.engines["p0"].poll()]
+    assert events[-1] == PlanDone(instance="p0", plan_id=plans["p0"].plan_id)
+    assert driven.send(*events, kind=Planned) == []  # the request has left for d0, which awaits it
+    done = PlanDone(instance="d0", plan_id=plans["d0"].plan_id)
+    assert len(driven.send(done, kind=Planned)) == 1
 
 
 def exported(driven, roles=SPLIT):

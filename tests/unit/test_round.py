@@ -156,8 +156,15 @@ def _fitting(work: Work, blocks: Any) -> Work:
     )
 
 
+class StepByStep(Packer):
+    """One that packs every single step, also where only decodes are left."""
+
+    def _only_decodes(self) -> bool:
+        return False
+
+
 def stepwise(work: Work, order: Order, finished: Finished) -> Packed:
-    return Packer(work, work.blocks, order, finished).packed()
+    return StepByStep(work, work.blocks, order, finished).packed()
 
 
 def coming(answer: Packed) -> Any:
@@ -409,6 +416,8 @@ def test_no_instance_computes_more_than_its_turn_and_its_step_allow(asked: Round
             steps = int(turns[names.index(plan.target_instance_id)])
             assert plan.num_steps <= steps
             assert steps or not (len(plan.chunks.row) or len(plan.decodes.row))
+        nothing = plan.num_steps == len(plan.preemptions.row) == len(plan.evictions.block_hash) == 0
+        assert not nothing or not asked.state.instances.idle[names.index(plan.target_instance_id)]
         if most := asked.decision.step_prompt_tokens:
             tokens = np.bincount(plan.chunks.step, plan.chunks.end - plan.chunks.begin)
             assert tokens.max(initial=0) <= most

@@ -6,13 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagec.runtime.engines import EngineError, KVCached, KVImported, StepReport
-from sagec.runtime.engines.sim import create
+from sagec.runtime.clock import VirtualClock
+from sagec.runtime.engines import (
+    EngineError,
+    KVCached,
+    KVHandle,
+    KVImported,
+    PlanDone,
+    StepReport,
+)
+from sagec.runtime.engines.sim import SimEngine, create
 from sagec.runtime.kv import block_hashes, policies
 from sagec.runtime.loop import Finished
+from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, Moves, Rows
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create as strategy
-from tests.direct_planner import DirectPlanner
+from tests.direct_planner import DirectPlanner, table
 from tests.echo_cluster import ONE, SPLIT, WIDE, Served, requests
 from tests.sim_cluster import COST, sim_executor, sim_spec, simulate
 
@@ -74,6 +83,51 @@ def test_a_hand_over_takes_the_links_latency_and_its_bytes():
     moved = next(event for event in served.events if isinstance(event, KVImported))
     assert moved.num_bytes == 32 * COST.kv_bytes_per_token
     assert moved.end_us - moved.begin_us == 7 + moved.num_bytes * 1e6 / 1e9
+
+
+def test_kv_that_finds_no_room_waits_until_another_request_has_left():
+    clock = VirtualClock()
+    engine = SimEngine(sim_spec("x0", kv_blocks=10), clock)
+    here, coming = (Request(id=name, prompt=range(100), max_output_tokens=20) for name in "ab")
+    plan = ExecutionPlan(
+        plan_id="p",
+        round=0,
+        target_instance_id="x0",
+        mode="hybrid",
+        num_steps=60,
+        max_step_tokens=128,
+        peers=("p0",),
+        request_ids=("a", "b"),
+        rows=table(Rows, [(100, 0, 8, 0), (100, 0, 8, 0)]),
+        chunks=table(Chunks, [(0, 0, 0, 100, 1)]),
+        decodes=table(Decodes, [(0, 1, 119), (1, 1, 119)]),
+        imports=table(Moves, [(1, 0, 100)]),
+    )
+    engine.submit(plan, [here])
+    engine.receive(handle_of(coming, engine.capability().kv_layout))
+    events = engine.poll()
+    while (next_us := engine.next_us()) is not None:
+        clock.advance_to(next_us)
+        events += engine.poll()
+    ends = {name: e.end_us for e in events if isinstance(e, StepReport) for name, _ in e.finished}
+    assert [e.end_us for e in events if isinstance(e, KVImported)] == [ends["a"]]
+    assert ends["b"] > ends["a"]
+    assert events[-1] == PlanDone(instance="x0", plan_id="p")
+
+
+def handle_of(request: Request, layout: str) -> KVHandle:
+    """KV of its whole prompt, on its way to x0 with the first token."""
+    return KVHandle(
+        request=request,
+        source="p0",
+        target="x0",
+        output=(0,),
+        computed_tokens=len(request.prompt),
+        layout=layout,
+        place="",
+        num_bytes=0,
+        begin_us=0,
+    )
 
 
 def test_many_like_steps_are_one_report():

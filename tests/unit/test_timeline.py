@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from sagec.runtime.engines import PlanDone, StepReport
+from sagec.runtime.loop import Arrived, Finished
 from sagec.runtime.report import Quantiles, RequestReport, Summary
-from sagec.runtime.request import FinishReason
+from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.timeline import DECODE, MIXED, PREFILL, WIDTH, Timeline, kind
 from tests.direct_planner import DirectPlanner
 from tests.echo_cluster import ONE, SPLIT, WIDE, Served, requests, serve
@@ -184,3 +185,41 @@ def test_the_summary_of_nothing_has_no_figures():
 
 def test_the_moves_of_a_run_add_up(split):
     assert split.timeline.kv_moved_bytes == sum(len(r.prompt) * 64 for r in requests(6))
+
+
+def test_each_request_has_a_row_of_its_times_in_the_order_of_its_coming(split):
+    svg = ElementTree.fromstring(split.timeline.to_svg())
+    names = [text.text for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    reports = split.timeline.reports
+    assert [name for name in names if name in split.ends] == [f"r{n}" for n in range(len(reports))]
+    rows = [rect for rect in svg.iter(f"{SVG}rect") if rect.get("class").endswith(" row")]
+    decodes = [rect for rect in rows if rect.get("class") == "decode row"]
+    assert len(decodes) == len(reports) > 1
+    assert all(float(r.get("x")) + float(r.get("width")) <= WIDTH for r in rows)
+
+
+def test_a_promised_first_token_has_a_mark():
+    timeline = Timeline()
+    timeline.hear(Arrived(Request(id="a", prompt=(1,), arrival_us=0, ttft_us=500)))
+    timeline.hear(Arrived(Request(id="b", prompt=(1,), arrival_us=0)))
+    for name in "ab":
+        record = RequestReport(
+            request_id=name, reason=FinishReason.STOP, prompt_tokens=1, output_tokens=1,
+            arrival_us=0, end_us=900, admitted_us=100, first_token_us=400,
+        )  # fmt: skip
+        timeline.hear(Finished(name, FinishReason.STOP, "", record))
+    svg = timeline.to_svg()
+    assert svg.count("first token promised") == 1
+    assert "TTFT promised" in svg
+    assert "a: waits 0.1 ms" in svg
+
+
+def test_of_many_requests_none_has_a_row():
+    timeline = Timeline()
+    for number in range(100):
+        record = RequestReport(
+            request_id=f"r{number}", reason=FinishReason.STOP, prompt_tokens=1, output_tokens=1,
+            arrival_us=0, end_us=900,
+        )  # fmt: skip
+        timeline.hear(Finished(record.request_id, FinishReason.STOP, "", record))
+    assert "r7" not in timeline.to_svg()

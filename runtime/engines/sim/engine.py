@@ -328,7 +328,10 @@ class SimEngine:
 
     def _awaits(self, running: RunningPlan) -> bool:
         """Whether KV may still arrive that the plan goes on with."""
-        now_us = self._clock.now_us()
-        late = {n for n, h in self._received.items() if self._arrival_us(h) > now_us}
-        here = (self._residents.rows.keys() | self._received.keys() | self._gone.keys()) - late
-        return bool((running.imports.keys() & running.computing) - here)
+        return any(map(self._is_to_come, running.imports.keys() & running.computing))
+
+    def _is_to_come(self, request_id: str) -> bool:
+        """Whether KV of the request may still arrive."""
+        if (handle := self._received.get(request_id)) is not None:
+            return self._arrival_us(handle) > self._clock.now_us()
+        return request_id not in self._residents.rows and request_id not in self._gone

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
             group = finding.group
             out.print(f"[bold]{group}[/bold]")
         mark = "[green]ok[/green]" if finding.here else "[yellow]--[/yellow]"
-        out.print(f"  {mark} {finding.name:<22}", end="")
+        out.print(f"  {mark} {finding.name:<21} ", end="")
         out.print(finding.detail, markup=False)
     remedies = dict.fromkeys(finding.remedy for finding in found if finding.remedy)
     if remedies:

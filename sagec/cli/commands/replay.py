@@ -176,6 +176,7 @@ def _print_changes(args: argparse.Namespace, recording: Recording) -> int:
     from collections import Counter
 
     from sagec.cli import writing
+    from sagec.explain import counted
     from sagec.replay import Replay
 
     replay, other = Replay(recording), _other_strategy(args.strategy)
@@ -195,7 +196,8 @@ def _print_changes(args: argparse.Namespace, recording: Recording) -> int:
     if len(changes) > args.limit:
         print(f"and {len(changes) - args.limit} more")
     summed = ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    print(f"{rounds} rounds, {len(changes)} differences{': ' + summed if summed else ''}")
+    found = f"{counted(rounds, 'round')}, {counted(len(changes), 'difference')}"
+    print(f"{found}{': ' + summed if summed else ''}")
     return 0
 
 
