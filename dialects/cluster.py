@@ -90,6 +90,7 @@ INSTANCE_SCALARS: Scalars = (
     Scalar("dtype", "type it computes in; auto is the model's", "auto", choices=("auto", *DTYPES)),
     Scalar("pool", "instances of one pool share devices and compute by turns", ""),
     Scalar("switch_us", "time until an instance of a pool computes when its turn begins", 0),
+    Scalar("options", "for its engine alone: words name=value", ""),
 )
 
 

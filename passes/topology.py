@@ -105,6 +105,7 @@ class Instance:
     dtype: str
     pool: str
     switch_us: int
+    options: str
     op: Operation
 
     def runs(self, phase: str) -> bool:

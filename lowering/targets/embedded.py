@@ -1,4 +1,4 @@
-"""An engine whose owner steps it through `sagec.runtime.embedding`: one instance, KV stays in it."""
+"""An engine that its owner steps through a Session (`sagec.runtime.embedding`); KV stays in it."""
 
 from sagec.lowering.targets import Ability
 

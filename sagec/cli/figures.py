@@ -18,6 +18,7 @@ SHOWN_ROWS = 48
 COLUMNS = {
     "request": "request",
     "prompt": "prompt_tokens",
+    "cached": "reused_tokens",
     "output": "output_tokens",
     "end": "end",
     "TTFT ms": "ttft_ms",
@@ -36,6 +37,7 @@ def rows(summary: Summary, timeline: Timeline) -> list[dict[str, Any]]:
         {
             "request": report.request_id,
             "prompt_tokens": report.prompt_tokens,
+            "reused_tokens": report.reused_tokens,
             "output_tokens": report.output_tokens,
             "end": str(report.reason),
             "queue_ms": _ms(report.queue_us),
@@ -56,6 +58,7 @@ def total(summary: Summary) -> dict[str, Any]:
         "requests": len(summary.requests),
         "duration_ms": _ms(summary.duration_us),
         "prompt_tokens": summary.prompt_tokens,
+        "reused_tokens": sum(report.reused_tokens for report in summary.requests),
         "output_tokens": summary.output_tokens,
         "ttft_p50_ms": _ms(ttft.p50_us) if ttft else None,
         "ttft_p99_ms": _ms(ttft.p99_us) if ttft else None,

@@ -120,6 +120,8 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
     if name == "sim" and instance.devices:
         cost = dataclasses.asdict(instance.cost)
         options = {field: repr(value) for field, value in cost.items()}
+    if name == instance.engine:
+        options |= said_options(instance)
     return InstanceSpec(
         id=instance.name,
         engine=name,
@@ -128,6 +130,18 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
         block_tokens=instance.block_tokens,
         options=options,
     )
+
+
+def said_options(instance: Placed) -> dict[str, str]:
+    """What the file says to the instance's engine alone. Raises InputError where it is no such."""
+    options = {}
+    for word in instance.options.split():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            where = f"instance @{instance.name}: options {instance.options!r}"
+            raise InputError(f'{where}: {word!r} is no option, as in "eviction=arc host_blocks=64"')
+        options[name] = value
+    return options
 
 
 def started(specs: Sequence[InstanceSpec], one_process: bool) -> Mapping[str, Engine]:

@@ -156,6 +156,7 @@ INSTANCE: Table = _table(
     _count("draft_tokens", "tokens a step drafts (speculative decoding)", 0),
     Setting("pool", Kind.LABEL, "instances of one pool share devices and compute by turns"),
     Setting("switch_time", Kind.TIME, "until it computes when its turn in the pool begins", 0),
+    Setting("options", Kind.TEXT, 'for its engine alone: "name=value" and more of these'),
 )
 
 _TOLD = (

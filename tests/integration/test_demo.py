@@ -214,3 +214,37 @@ def test_a_picture_without_a_folder_is_refused_before_anything_starts(
     assert main(["run", echo, "--timeline", "no/such/folder/x.svg"]) == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: no/such/folder: no such folder to write to\n")
+
+
+def test_what_one_question_computed_the_next_one_finds(capsys: Captured) -> None:
+    pytest.importorskip("torch")
+    result = served([str(ROOT / "examples" / "cached.sage"), "--one-process"], capsys)
+    reused = {row["request"]: row["reused_tokens"] for row in result["requests"]}
+    assert reused == {"first": 0, "second": 64, "third": 64}
+    assert result["total"]["reused_tokens"] == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("vocab=50 eos", "instance @p0: options 'vocab=50 eos': 'eos' is no option"),
+        ("speed=2", "instance 'p0': echo has no option 'speed'"),
+        ("vocab=many", "instance 'p0': vocab='many': a whole number"),
+    ],
+)
+def test_an_engines_own_options_come_from_the_file(
+    options: str, said: str, tmp_path: Path, capsys: Captured
+) -> None:
+    file = tmp_path / "echo.mlir"
+    file.write_text(ECHO.replace("kv_blocks = 200", f'kv_blocks = 200, options = "{options}"'))
+    assert main(["run", str(file), "--one-process"]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_options_change_what_the_engine_does(tmp_path: Path, capsys: Captured) -> None:
+    file = tmp_path / "echo.mlir"
+    file.write_text(ECHO.replace("kv_blocks = 200", 'kv_blocks = 200, options = "vocab=7"'))
+    result = served([str(file), "--one-process"], capsys)
+    assert all(token < 7 for row in result["requests"] for token in row["tokens"])

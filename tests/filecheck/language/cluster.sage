@@ -30,8 +30,8 @@ cluster c {
   // CHECK-NEXT: cluster.instance @d on [@x] engine "sim" role decode model @m {tp = 1, kv_blocks = 9, block_tokens = 64, max_batch = 7}
   instance d role decode on x engine sim kv_blocks 9 block 64 max_batch 7
   // Two that share a device compute by turns, and a turn takes a while to begin.
-  // CHECK-NEXT: cluster.instance @a on [@x] engine "sim" role both model @m {tp = 1, kv_blocks = 9, pool = "shared", switch_us = 800000}
+  // CHECK-NEXT: cluster.instance @a on [@x] engine "sim" role both model @m {tp = 1, kv_blocks = 9, pool = "shared", switch_us = 800000, options = "eviction=arc"}
   // CHECK-NEXT: cluster.instance @b on [@x] engine "sim" role both model @m {tp = 1, kv_blocks = 9, pool = "shared"}
-  instance a on x engine sim kv_blocks 9 pool shared switch_time 800ms
+  instance a on x engine sim kv_blocks 9 pool shared switch_time 800ms options "eviction=arc"
   instance b on x engine sim kv_blocks 9 pool shared
 }

@@ -52,10 +52,10 @@ cluster.link @g1 to @nvs0 {bytes_per_s = 4.5e11, latency_us = 2.5}
 cluster.instance @p0 on [@g0] engine "torch" role prefill model @tiny {kv_blocks = 4000}
 
 // And all of it.
-// CHECK-NEXT: cluster.instance @d0 on [@g0, @g1] engine "turbomind" role decode model @tiny {tp = 2, pp = 1, kv_blocks = 9, block_tokens = 64, kv_dtype = "int8", kv_layout = "tm", max_step_tokens = 2048, max_batch = 128, max_partial_prefills = 1, quantization = "awq", draft_layers = 1, draft_tokens = 3, dtype = "f16", pool = "shared", switch_us = 800000}
+// CHECK-NEXT: cluster.instance @d0 on [@g0, @g1] engine "turbomind" role decode model @tiny {tp = 2, pp = 1, kv_blocks = 9, block_tokens = 64, kv_dtype = "int8", kv_layout = "tm", max_step_tokens = 2048, max_batch = 128, max_partial_prefills = 1, quantization = "awq", draft_layers = 1, draft_tokens = 3, dtype = "f16", pool = "shared", switch_us = 800000, options = "host_blocks=64"}
 cluster.instance @d0 on [@g0, @g1] engine "turbomind" role decode model @tiny {
   tp = 2, pp = 1, kv_blocks = 9, block_tokens = 64, kv_dtype = "int8", kv_layout = "tm", max_step_tokens = 2048,
-  max_batch = 128, max_partial_prefills = 1, quantization = "awq", draft_layers = 1, draft_tokens = 3, switch_us = 800000, pool = "shared", dtype = "f16"
+  max_batch = 128, max_partial_prefills = 1, quantization = "awq", draft_layers = 1, draft_tokens = 3, switch_us = 800000, options = "host_blocks=64", pool = "shared", dtype = "f16"
 }
 
 // An instance may do both phases. Attributes that no op knows stay.
