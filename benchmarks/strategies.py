@@ -107,13 +107,23 @@ class Result:
     requests_per_wall_s: float
 
 
-def workloads(limit: int, rate: float) -> list[Workload]:
+RATES = {"azure": 8.0, "mooncake": 3.0}
+"""How much faster than recorded requests come: a little more than the clusters above can take."""
+
+
+def workloads(limit: int, rate: float | None) -> list[Workload]:
     """Azure's conversations on two instances, Mooncake's on prefill and decode apart."""
     azure, azure_source = recorded("azure/AzureLLMInferenceTrace_conv.csv", limit, made_up_chats)
     mooncake, mooncake_source = recorded("mooncake/synthetic_trace.jsonl", limit, made_up_sessions)
     return [
-        Workload("azure", azure_source, HYBRID, asked(azure, rate, 0)),
-        Workload("mooncake", mooncake_source, APART, asked(mooncake, rate, 1), caches=True),
+        Workload("azure", azure_source, HYBRID, asked(azure, rate or RATES["azure"], 0)),
+        Workload(
+            "mooncake",
+            mooncake_source,
+            APART,
+            asked(mooncake, rate or RATES["mooncake"], 1),
+            caches=True,
+        ),
     ]
 
 
@@ -388,7 +398,7 @@ def picture(name: str, results: Sequence[Result]) -> str:
     return charts.bar_chart(bars, f"Promises kept: {name}", "workload", "%")
 
 
-def runs(limit: int, rate: float, real_count: int) -> Iterator[tuple[str, str, Run]]:
+def runs(limit: int, rate: float | None, real_count: int) -> Iterator[tuple[str, str, Run]]:
     """Name and source of each workload, and what serves it with a strategy."""
     for workload in workloads(limit, rate):
         yield workload.name, workload.source, functools.partial(simulate, workload)
@@ -401,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the files")
     parser.add_argument("--limit", type=int, default=1000, help="requests of each trace")
-    parser.add_argument("--rate", type=float, default=3.0, help="of the traces: how much faster")
+    parser.add_argument("--rate", type=float, help=f"how much faster than recorded; {RATES}")
     parser.add_argument(
         "--real", type=int, default=40, help="requests on the torch engine; 0: none"
     )

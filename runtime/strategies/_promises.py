@@ -10,6 +10,9 @@ from sagec.runtime.state import Bools, Ints, Running, State, Waiting
 NEVER = 2**62
 """The deadline of a token that nobody was promised."""
 
+CATCHING_UP = 0.9
+"""Of its time between tokens, what a late row asks for: with half, prompts pile up under load."""
+
 
 def is_promised(asked: Waiting | Running) -> Bools:
     """Rows that were promised a time to the first token, or between tokens."""
@@ -77,9 +80,9 @@ def largest_chunks(state: State, least_tokens: int) -> Ints:
     """Prompt tokens that a step may take on each instance so that tokens come in time; 0: any.
 
     The largest chunk with which a step takes no longer than the smallest slack to a next token, or
-    the smallest TPOT (later steps have no more). A row that is late already asks for half its TPOT
-    and no less: so it catches up while prompts go on, and those go by `least_tokens` at least, for
-    a prompt that stands still helps nobody.
+    the smallest TPOT (later steps have no more). A row that is late already asks for CATCHING_UP
+    of its TPOT and no less: so it catches up while prompts go on, and those go by `least_tokens` at
+    least, for a prompt that stands still helps nobody.
     """
     instances, running = state.instances, state.running
     chunk = np.zeros(len(instances), np.int64)
@@ -87,7 +90,8 @@ def largest_chunks(state: State, least_tokens: int) -> Ints:
     if not len(at):
         return chunk
     tpot_us = running.tpot_us[at]
-    slack_us = np.clip(token_deadlines_us(running)[at] - state.now_us, tpot_us // 2, tpot_us)
+    least_us = (CATCHING_UP * tpot_us).astype(np.int64)
+    slack_us = np.clip(token_deadlines_us(running)[at] - state.now_us, least_us, tpot_us)
     smallest_us = np.full(len(instances), NEVER, np.int64)
     np.minimum.at(smallest_us, running.decode_on[at], slack_us)
     ns = instances.prefill_ns_per_token

@@ -278,8 +278,8 @@ def test_prompts_take_no_more_of_a_step_than_critical_tokens_leave_time_for() ->
     assert decide(state(waiting, running, **speeds)).step_prompt_tokens == 18
     assert decide(state(waiting, **speeds)).step_prompt_tokens == 0
     late = state(waiting, running, now_us=900_000, **speeds)
-    assert decide(late, least_chunk_tokens=5).step_prompt_tokens == 8
-    assert decide(late, least_chunk_tokens=9).step_prompt_tokens == 9
+    assert decide(late, least_chunk_tokens=5).step_prompt_tokens == 16
+    assert decide(late, least_chunk_tokens=19).step_prompt_tokens == 19
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_a_step_takes_no_more_of_prompts_than_the_next_tokens_leave_time_for() -
         prompt_tokens=5, computed_tokens=7, first_token_us=50 * MS,
     )  # fmt: skip
     waiting = asked("w", [500], [0])
-    for now_ms, expected in ((100, 18), (145, 13), (170, 8), (900, 8), (0, 18)):
+    for now_ms, expected in ((100, 18), (141, 17), (170, 16), (900, 16), (0, 18)):
         seen = state(waiting, running, now_us=now_ms * MS)
         assert decide(seen, least_chunk_tokens=4).step_prompt_tokens == expected
     assert decide(seen, least_chunk_tokens=30).step_prompt_tokens == 30
