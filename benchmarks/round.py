@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -34,7 +35,8 @@ from sagec.pipelines import PIPELINES
 from sagec.planner import CompilingPlanner
 from sagec.runtime import strategies
 from sagec.runtime.plan import encode
-from sagec.runtime.state import Decision, Instances, Running, State, Waiting
+from sagec.runtime.request import Request
+from sagec.runtime.state import Decision, Instances, RequestTable, Running, State, Waiting
 
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "one hybrid instance": ("both",),
@@ -51,6 +53,10 @@ REQUESTS = (100, 1_000, 10_000)
 HORIZON = 16
 BLOCK_TOKENS = 16
 BUDGET_US, BUDGET_S = 1_000, 1.0
+
+
+RUNNING, CHANGED = (100, 1_000, 10_000), 64
+"""Requests in a table, and of them those that change between two views."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,37 @@ def measure_strategy(
     return Decided(strategy, cluster, residents, waiting, *medians)
 
 
+@dataclass(frozen=True)
+class View:
+    """What a strategy sees of the request table, made anew: in microseconds, after 64 rows changed
+    (us), and after one of them also left and another came (moved_us)."""
+
+    running: int
+    us: float
+    moved_us: float
+
+
+def measure_view(running: int, repeats: int) -> View:
+    """Medians of the views of a table in which so many requests run."""
+    table, sizes = RequestTable(room_tokens=[1 << 20]), np.array([BLOCK_TOKENS])
+    names = (Request(id=f"r{i}", prompt=(1,) * 10) for i in itertools.count())
+    rows = [table.add(next(names), "m") for _ in range(running)]
+    for row in rows:
+        table.run(row, 0, 0)
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(2 * repeats):
+        begin_s = time.perf_counter()
+        table.generated(rows[:CHANGED], [20 + turn] * len(rows[:CHANGED]), 1)
+        if moves := turn >= repeats:
+            table.remove(rows.pop(len(rows) // 2))
+            rows.append(table.add(next(names), "m"))
+            table.run(rows[-1], 0, 0)
+        table.waiting(), table.running(), table.kv_blocks_used(sizes)
+        table.waiting_cached_tokens()
+        took[moves].append(time.perf_counter() - begin_s)
+    return View(running, *(_us(statistics.median(took[moves])) for moves in (False, True)))
+
+
 def promised(state: State) -> State:
     """The state, in which half of the requests were promised times, and instances know their pace.
 
@@ -356,6 +393,7 @@ def report(
     where: dict[str, Any],
     rounds: Sequence[Round],
     decided: Sequence[Decided],
+    views: Sequence[View],
     compiles: Sequence[Compile],
 ) -> str:
     """All figures as Markdown."""
@@ -364,6 +402,11 @@ def report(
         tables.machine_line({name: where[name] for name in where if name != "pipeline"}),
         *round_parts(rounds),
         *decided_parts(decided),
+        "# What a strategy sees",
+        f"Views of the request table: {CHANGED} rows changed; one also left and another came.",
+        tables.table_of(
+            ("running", "changed", "came and left"), [(v.running, v.us, v.moved_us) for v in views]
+        ),
         *compile_parts(compiles),
         vllm_line(),
     ]
@@ -451,14 +494,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for size in (DECIDED[1] if not args.quick else DECIDED[1][:1])
         for strategy in strategies.known()
     ]
+    views = [measure_view(running, repeats) for running in RUNNING]
     compiles = [measure_compile(form, size, runs) for form in FILES for size in sizes]
     where = machine()
-    text = report(where, rounds, decided, compiles)
+    text = report(where, rounds, decided, views, compiles)
     print(text)
     answer = {
         **where,
         "rounds": [asdict(one) for one in rounds],
         "strategies": [asdict(one) for one in decided],
+        "views": [asdict(one) for one in views],
         "compiles": [asdict(one) for one in compiles],
     }
     tables.write(args.out, "round", answer, text, {})
