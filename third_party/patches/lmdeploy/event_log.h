@@ -1,0 +1,27 @@
+// Events of an instance on their way to its reader: a queue of int64s that grows with a slow reader.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <initializer_list>
+#include <mutex>
+#include <vector>
+
+namespace sagec::tm {
+
+class EventLog {
+public:
+    // kind, then the fields, then `more`; the size is put in between. Never waits for the reader.
+    void write(std::int64_t kind, std::initializer_list<std::int64_t> fields, const std::vector<std::int64_t> &more = {});
+    // As sagec_tm_read.
+    std::int64_t read(std::int64_t *events, std::int64_t capacity, std::int64_t timeout_us);
+    void close(); // wakes whoever reads
+
+private:
+    std::mutex mutex_;
+    std::condition_variable filled_;
+    std::vector<std::int64_t> words_;
+    bool closed_ = false;
+};
+
+} // namespace sagec::tm
