@@ -39,7 +39,8 @@ struct Sequence {
     std::vector<std::vector<std::byte>> input_embeddings;
     std::vector<std::pair<int, int>> input_embedding_ranges;
 };
-static_assert(sizeof(Sequence) == 208 && offsetof(Sequence, blocks) == 16 && offsetof(Sequence, input_length) == 64);
+static_assert(sizeof(Sequence) == 208 && offsetof(Sequence, blocks) == 16 &&
+              offsetof(Sequence, input_length) == 64);
 static_assert(offsetof(Sequence, prompt) == 72 && offsetof(Sequence, tokens) == 96);
 static_assert(offsetof(Sequence, cache_len) == 120 && offsetof(Sequence, rope_theta) == 152);
 
@@ -183,15 +184,18 @@ using GetFreeBytes = std::function<std::size_t()>;
 
 namespace sagec::tm::names {
 // SequenceManager (not static, but for the constructor all take `this` first)
-inline constexpr char kMaterialize[] = SAGEC_SM "11MaterializeESt6vectorIPKNS_8SequenceESaIS4_EES1_IiSaIiEERKS1_ImSaImEEiSt8functionIFiRKS6_RKS8_EE";
-inline constexpr char kCountRequiredBlocks[] = SAGEC_SM "19CountRequiredBlocksERKSt6vectorIPKNS_8SequenceESaIS4_EERKS1_IiSaIiEEi";
+inline constexpr char kMaterialize[] = SAGEC_SM
+    "11MaterializeESt6vectorIPKNS_8SequenceESaIS4_EES1_IiSaIiEERKS1_ImSaImEEiSt8functionIFiRKS6_RKS8_EE";
+inline constexpr char kCountRequiredBlocks[] =
+    SAGEC_SM "19CountRequiredBlocksERKSt6vectorIPKNS_8SequenceESaIS4_EERKS1_IiSaIiEEi";
 inline constexpr char kPrefixMatch[] = SAGEC_SM "11PrefixMatchERSt6vectorIPKNS_8SequenceESaIS4_EE";
 inline constexpr char kCachePrompt[] = SAGEC_SM "11CachePromptERKSt6vectorIPKNS_8SequenceESaIS4_EEi";
 inline constexpr char kCacheGeneration[] = SAGEC_SM "15CacheGenerationERKNS_8SequenceE";
 inline constexpr char kCreate[] = SAGEC_SM "6CreateEm";
 inline constexpr char kErase[] = SAGEC_SM "5EraseEm";
 inline constexpr char kUpdateAndSetUnlock[] = SAGEC_SM "18UpdateAndSetUnlockERKNS_8SequenceE";
-inline constexpr char kSequenceManager[] = SAGEC_SM "C1EmRKNS0_11BlockConfigEdibiiNS_4core9AllocatorESt8functionIFmvEE";
+inline constexpr char kSequenceManager[] =
+    SAGEC_SM "C1EmRKNS0_11BlockConfigEdibiiNS_4core9AllocatorESt8functionIFmvEE";
 // BlockManager
 inline constexpr char kEvict[] = SAGEC_BM "5EvictEi";
 inline constexpr char kAllocate[] = SAGEC_BM "8AllocateEi";
@@ -201,7 +205,8 @@ inline constexpr char kTrieCache[] = "_ZN9turbomind9BlockTrie5CacheERKNS_8Sequen
 inline constexpr char kTrieVerify[] = "_ZN9turbomind9BlockTrie6VerifyEv";
 // LlamaBatch
 inline constexpr char kInitialize[] = SAGEC_LB "10InitializeERNS_15GenerationStateE";
-inline constexpr char kFinish[] = SAGEC_LB "6FinishERNS_15GenerationStateERSt6vectorISt8functionIFvvEESaIS6_EE";
+inline constexpr char kFinish[] =
+    SAGEC_LB "6FinishERNS_15GenerationStateERSt6vectorISt8functionIFvvEESaIS6_EE";
 // others
 inline constexpr char kAllocator[] = "_ZN9turbomind4core9AllocatorC1ENS_10DeviceTypeE";
 } // namespace sagec::tm::names

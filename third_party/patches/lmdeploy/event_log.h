@@ -10,14 +10,15 @@
 namespace sagec::tm {
 
 class EventLog {
-public:
+  public:
     // kind, then the fields, then `more`; the size is put in between. Never waits for the reader.
-    void write(std::int64_t kind, std::initializer_list<std::int64_t> fields, const std::vector<std::int64_t> &more = {});
+    void write(std::int64_t kind, std::initializer_list<std::int64_t> fields,
+               const std::vector<std::int64_t> &more = {});
     // As sagec_tm_read.
     std::int64_t read(std::int64_t *events, std::int64_t capacity, std::int64_t timeout_us);
     void close(); // wakes whoever reads
 
-private:
+  private:
     std::mutex mutex_;
     std::condition_variable filled_;
     std::vector<std::int64_t> words_;

@@ -21,7 +21,7 @@
 namespace sagec::tm {
 
 class Instance {
-public:
+  public:
     Instance(std::uint32_t number, const sagec_tm_options &options) : number(number), options(options) {}
 
     const std::uint32_t number;

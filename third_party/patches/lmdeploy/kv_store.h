@@ -37,7 +37,7 @@ std::string check_blob(const void *bytes, std::int64_t num_bytes, std::uint64_t 
 // Thread-safe. Ranks export and import on their own threads; a session's KV is whole when every rank
 // has done its part.
 class KvStore {
-public:
+  public:
     void want(std::uint64_t session);
     bool wants(std::uint64_t session) const;
 
@@ -50,7 +50,7 @@ public:
     const Blob *staged(std::uint64_t session) const; // stays valid until the same session is forgotten
     void forget(std::uint64_t session);
 
-private:
+  private:
     struct Export {
         Blob blob;
         int ranks_left = 0;

@@ -17,12 +17,14 @@ struct Hook {
 // Typed access to an original: `static Original<int(BlockManager *, int)> evict;`
 template <class Signature> class Original;
 template <class R, class... A> class Original<R(A...)> {
-public:
-    R operator()(A... arguments) const { return reinterpret_cast<R (*)(A...)>(function_)(static_cast<A>(arguments)...); }
+  public:
+    R operator()(A... arguments) const {
+        return reinterpret_cast<R (*)(A...)>(function_)(static_cast<A>(arguments)...);
+    }
     void **slot() { return &function_; }
     explicit operator bool() const { return function_ != nullptr; }
 
-private:
+  private:
     void *function_ = nullptr;
 };
 

@@ -20,7 +20,7 @@ struct Gap {
 };
 
 class PlanCursor {
-public:
+  public:
     explicit PlanCursor(const sagec_tm_plan &plan); // copies its columns
 
     std::int64_t plan() const { return plan_; }
@@ -30,7 +30,7 @@ public:
     // there is none for those who are there; then it stays where it is, for others may still come.
     Decision next(const StepView &view, std::vector<Gap> &gaps);
 
-private:
+  private:
     std::int64_t plan_ = 0, num_steps_ = 0, max_step_tokens_ = 0, step_ = 0;
     bool mixes_phases_ = true;
 };

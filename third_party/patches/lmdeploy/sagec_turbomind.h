@@ -23,12 +23,12 @@ extern "C" {
 
 /* ---- the patch: library.cc, selftest.cc -------------------------------------------------------- */
 
-int32_t sagec_tm_abi(void);            /* SAGEC_TM_ABI of this build */
-const char *sagec_tm_seams(void);      /* are all functions that we hook exported and called by PLT? */
-const char *sagec_tm_selftest(void);   /* are the layouts those of abi.h? on a throw-away in host memory */
-const char *sagec_tm_apply(void);      /* seams, selftest, then every slot or none; twice is once */
-const char *sagec_tm_revert(void);     /* every slot back; refused while an instance is open */
-int32_t sagec_tm_num_slots(void);      /* slots patched now */
+int32_t sagec_tm_abi(void);          /* SAGEC_TM_ABI of this build */
+const char *sagec_tm_seams(void);    /* are all functions that we hook exported and called by PLT? */
+const char *sagec_tm_selftest(void); /* are the layouts those of abi.h? on a throw-away in host memory */
+const char *sagec_tm_apply(void);    /* seams, selftest, then every slot or none; twice is once */
+const char *sagec_tm_revert(void);   /* every slot back; refused while an instance is open */
+int32_t sagec_tm_num_slots(void);    /* slots patched now */
 
 /* ---- instances ---------------------------------------------------------------------------------- */
 
@@ -62,9 +62,9 @@ typedef struct {
     int64_t num_steps, max_step_tokens;
     int32_t mixes_phases; /* 0: a step with chunks decodes nobody */
     int32_t num_rows, num_chunks, num_decodes;
-    const uint64_t *sessions;      /* [rows] */
-    const int64_t *prompt_tokens;  /* [rows] tokens to compute before the first is sampled */
-    const int64_t *reused_tokens;  /* [rows] thought to be in the prefix cache; may be fewer */
+    const uint64_t *sessions;     /* [rows] */
+    const int64_t *prompt_tokens; /* [rows] tokens to compute before the first is sampled */
+    const int64_t *reused_tokens; /* [rows] thought to be in the prefix cache; may be fewer */
     const int64_t *chunk_step, *chunk_row, *chunk_begin, *chunk_end;     /* [chunks], steps ascending */
     const int64_t *decode_row, *decode_begin_step, *decode_until_tokens; /* [decodes] */
 } sagec_tm_plan;
@@ -104,17 +104,17 @@ enum {
      * session, begin, end, planned_end (0: not planned), token (sampled; else 0), flags.
      * Rows that were planned and not computed stand there too, with begin = end. */
     SAGEC_TM_STEP = 1,
-    SAGEC_TM_PLAN_DONE = 2,   /* plan: all its steps are gone by, or a newer plan took over */
-    SAGEC_TM_ERASED = 3,      /* session, computed: it holds nothing any more */
-    SAGEC_TM_PREEMPTED = 4,   /* session, computed before, after: it lost KV to others */
-    SAGEC_TM_MATCHED = 5,     /* session, tokens: the prefix cache had so many of them */
-    SAGEC_TM_STORED = 6,      /* session, num_blocks, uid of each: its first blocks, now in the trie */
-    SAGEC_TM_EVICTED = 7,     /* num_blocks, uid of each: cached blocks that are gone */
-    SAGEC_TM_EXPORTED = 8,    /* session, tokens, num_bytes, begin_us, end_us: take it */
-    SAGEC_TM_IMPORTED = 9,    /* session, tokens, num_bytes, begin_us, end_us */
+    SAGEC_TM_PLAN_DONE = 2,     /* plan: all its steps are gone by, or a newer plan took over */
+    SAGEC_TM_ERASED = 3,        /* session, computed: it holds nothing any more */
+    SAGEC_TM_PREEMPTED = 4,     /* session, computed before, after: it lost KV to others */
+    SAGEC_TM_MATCHED = 5,       /* session, tokens: the prefix cache had so many of them */
+    SAGEC_TM_STORED = 6,        /* session, num_blocks, uid of each: its first blocks, now in the trie */
+    SAGEC_TM_EVICTED = 7,       /* num_blocks, uid of each: cached blocks that are gone */
+    SAGEC_TM_EXPORTED = 8,      /* session, tokens, num_bytes, begin_us, end_us: take it */
+    SAGEC_TM_IMPORTED = 9,      /* session, tokens, num_bytes, begin_us, end_us */
     SAGEC_TM_NOT_IMPORTED = 10, /* session, why (see below): an ordinary prefill follows */
-    SAGEC_TM_GAP = 11,        /* session, plan, plan_step, begin, computed: a chunk behind tokens that
-                                 nobody computed; it is left out */
+    SAGEC_TM_GAP = 11,          /* session, plan, plan_step, begin, computed: a chunk behind tokens that
+                                   nobody computed; it is left out */
 };
 
 enum { SAGEC_TM_BY_STOCK = 0, SAGEC_TM_BY_PLAN = 1, SAGEC_TM_BY_ANSWER = 2, SAGEC_TM_BY_DEADLINE = 3 };
@@ -150,9 +150,9 @@ enum { SAGEC_TM_TO_HOST = 1, SAGEC_TM_TO_DEVICE = 2 };
 typedef struct {
     uint64_t session;
     int32_t direction, pad;
-    const void *blob;    /* TO_DEVICE: what the other side exported; is copied */
-    int64_t num_bytes;   /* of the blob */
-    uint64_t layout;     /* TO_DEVICE: fingerprint that the blob must have */
+    const void *blob;  /* TO_DEVICE: what the other side exported; is copied */
+    int64_t num_bytes; /* of the blob */
+    uint64_t layout;   /* TO_DEVICE: fingerprint that the blob must have */
 } sagec_tm_move;
 
 /* TO_HOST: when the session is erased, its KV is copied to host memory first: EXPORTED.
@@ -172,17 +172,23 @@ void sagec_tm_set_layout(uint32_t instance, uint64_t layout); /* what this insta
 /* ---- counters ----------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t steps, held_steps, fallbacks;      /* computed; with nothing to compute; past the deadline */
-    int64_t unplanned_rows, missed_rows;       /* computed though not planned; planned, not computed */
-    int64_t guarded_blocks;                    /* that stock would have published too early */
+    int64_t steps, held_steps, fallbacks; /* computed; with nothing to compute; past the deadline */
+    int64_t unplanned_rows, missed_rows;  /* computed though not planned; planned, not computed */
+    int64_t guarded_blocks;               /* that stock would have published too early */
     int64_t matched_tokens, stored_blocks, evicted_blocks, preemptions;
     int64_t exports, imports, refused_imports;
 } sagec_tm_counters;
 const char *sagec_tm_count(uint32_t instance, sagec_tm_counters *counters);
 
 /* 0004: collectives of this process, all instances. */
-enum { SAGEC_TM_ALL_REDUCE, SAGEC_TM_ALL_GATHER, SAGEC_TM_REDUCE_SCATTER, SAGEC_TM_BROADCAST, SAGEC_TM_REDUCE,
-       SAGEC_TM_NUM_COLLECTIVES };
+enum {
+    SAGEC_TM_ALL_REDUCE,
+    SAGEC_TM_ALL_GATHER,
+    SAGEC_TM_REDUCE_SCATTER,
+    SAGEC_TM_BROADCAST,
+    SAGEC_TM_REDUCE,
+    SAGEC_TM_NUM_COLLECTIVES
+};
 typedef struct {
     int64_t calls, bytes;
     int64_t enqueue_ns; /* host time: it only enqueues */
