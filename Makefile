@@ -1,10 +1,16 @@
 # On a machine with Python 3.11 or newer and nothing else: `make demo`, `make test`.
-# The virtual environment is made once, and again only when pyproject.toml changes.
+# The virtual environment is made once, and again only when pyproject.toml or the
+# version of lmdeploy changes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LMDEPLOY := $(shell sed -n 's/^version = "\(.*\)"/\1/p' third_party/lmdeploy/VERSION)
+NATIVE = $(shell find third_party runtime benchmarks -name '*.h' -o -name '*.c' -o -name '*.cc')
+CPU_TORCH := torch==2.13.0+cpu
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/pip install --disable-pip-version-check --no-warn-conflicts --quiet
 JOBS ?= 2
 TEST_FLAGS ?=
 
@@ -17,21 +23,25 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo      serve two examples: text as it streams, tables, pictures, an explanation"
 	@echo "make test      all tests but the slow ones; make test-all runs those too"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make bench     the benchmarks; tables on the screen, JSON and Markdown in out/"
 	@echo "make docs      write what is generated in docs/"
 	@echo "make clean     remove what was made, the environment too"
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml third_party/lmdeploy/VERSION
 	@test -n "$(PYTHON)" || { echo "no python3 here; sagec needs Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}; sagec needs 3.11 or newer: make PYTHON=..." if v < (3, 11) else 0)'
 	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Without a GPU the build for CPUs: small, and beside one for CUDA TurboMind's toy cannot run.
+	@command -v nvidia-smi >/dev/null || $(PIP) $(CPU_TORCH) 2>/dev/null || $(PIP) --extra-index-url $(CPU_WHEELS) $(CPU_TORCH) 2>/dev/null || true
 	@# The version that the figures were taken with, or where it is not to be had, any that will do.
-	$(BIN)/pip install --disable-pip-version-check --quiet torch==2.13.0 || $(BIN)/pip install --disable-pip-version-check --quiet "torch>=2.4"
-	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[torch,solver,telemetry,dev]"
+	$(PIP) torch==2.13.0 || $(PIP) "torch>=2.4"
+	$(PIP) --editable ".[torch,turbomind,solver,telemetry,dev]"
+	@# Without what its metadata asks for, which is an older torch; what it imports came just now.
+	$(PIP) --no-deps --only-binary :all: lmdeploy==$(LMDEPLOY) || echo "no lmdeploy $(LMDEPLOY) for this Python or machine: tests of the turbomind engine will say that they were skipped"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -53,6 +63,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror --style=file:third_party/.clang-format $(NATIVE)
 
 bench: $(INSTALLED)
 	@mkdir -p out
@@ -61,6 +72,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/kv.py
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/hooks.py
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -157,6 +157,7 @@ REQUEST_FIELDS: Fields = (
     Field("deadline", Kind.INT, "when its next token is late, us; 0: never", least=0),
     *_CLIENT,
     Field("samples", Kind.INT, "outputs of one prompt (n of the OpenAI API)", 1, least=1),
+    Field("top_k", Kind.INT, "likeliest tokens that it is sampled among; 0: all", least=0),
     Field("prefix", Kind.LIST, "hashes of its leading KV blocks"),
     Field("cached", Kind.INT, "leading tokens whose KV the prefix cache has", least=0),
     Field("computed", Kind.INT, "leading tokens whose KV `on` holds already", least=0),

@@ -102,6 +102,8 @@ def _instance_faults(instance: Instance, ability: Ability) -> Iterator[str]:
             f"{said} prompts may be unfinished after a step; {engine} takes {allowed}: "
             f"say max_partial_prefills = {allowed}"
         )
+    for rule in ability.instance_rules:
+        yield from rule(instance)
     yield from _memory_faults(instance)
 
 
@@ -207,6 +209,7 @@ def _check_requests(ops: list[Operation], steps: list[pd.StepsOp], topology: Top
         if type(op) is pd.RequestsOp:
             _refuse(_sample_faults(op, handed, abilities), op)
             _refuse(_adapter_faults(op, abilities), op)
+            _refuse(_top_k_faults(op, abilities), op)
 
 
 def _check_swaps(ops: list[Operation], topology: Topology) -> None:
@@ -252,6 +255,19 @@ def _adapter_faults(op: pd.RequestsOp, abilities: list[Ability]) -> Iterator[str
             if adapter and not ability.adapters:
                 asks = f"{quoted(name)} asks for adapter {quoted(adapter)}"
                 yield f"{asks}; {ability.engine} takes none"
+
+
+def _top_k_faults(op: pd.RequestsOp, abilities: list[Ability]) -> Iterator[str]:
+    if "top_k" not in op.properties:
+        return
+    top_k = op.column("top_k")
+    for ability in abilities:
+        if ability.max_top_k and top_k.max(initial=0) > ability.max_top_k:
+            row = int(top_k.argmax())
+            yield (
+                f"{quoted(op.names[row])} is sampled among its {top_k[row]} likeliest tokens; "
+                f"{ability.engine} takes top_k {ability.max_top_k} at most, or 0: all of them"
+            )
 
 
 # Steps

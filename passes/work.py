@@ -145,7 +145,30 @@ def _work(
     after = _decodes(decodes, horizon, topology)
     splitter = _Splitter(before, bounds, after, _moves(transfers))
     works = [splitter.work(instance) for instance in topology.instances]
-    return tuple(work for work in works if len(work.names))
+    works = [work for work in works if len(work.names)]
+    return tuple(map(_within_its_room, works) if horizon else works)
+
+
+def _within_its_room(work: Work) -> Work:
+    """The same work, in which prompts that are under way find blocks for what they decode.
+
+    They were begun under a horizon that may have been shorter. Where under this one they need more
+    blocks than there are, the last of them decode one token in it: a strategy leaves room for that.
+    """
+    room = work.instance.kv_blocks
+    if int(work.blocks.sum()) <= room:
+        return work
+    begun = np.flatnonzero((work.held > work.cached) & (work.held < work.prompt) & ~work.awaited)
+    over = int(work.blocks[begun].sum()) - room
+    if over <= 0:
+        return work
+    one = np.minimum(work.decodes, 1)
+    saved = work.blocks - -(-(work.prompt + one) // work.instance.block_tokens)
+    last_first = begun[::-1]
+    cut = last_first[: np.searchsorted(np.cumsum(saved[last_first]), over) + 1]
+    decodes = work.decodes.copy()
+    decodes[cut] = one[cut]
+    return dataclasses.replace(work, decodes=decodes)
 
 
 def _prefills(ops: dict[pd.PrefillOp, flow.Table], topology: Topology) -> tuple[_Side, ListsAttr]:

@@ -168,12 +168,17 @@ class ExecutorAPI:
         local = [name for name in names if name not in sockets.values()]
         events = [event for name in local for event in self._hear(name)]
         wait_s = 0.0 if events or isinstance(self.clock, VirtualClock) else max(0.0, timeout_s)
-        if wait_s > POLL_S and any(self.status(name).plan_id is not None for name in local):
+        if wait_s > POLL_S and any(map(self._is_busy, local)):
             wait_s = POLL_S
         if sockets or wait_s:
             for ready in self._select(sockets, wait_s):
                 events += self._hear(sockets[ready])
         return events
+
+    def _is_busy(self, name: str) -> bool:
+        """Whether an engine of this process may have something to say at any time."""
+        owes_events = getattr(self.engines[name], "owes_events", False)
+        return owes_events or self.status(name).plan_id is not None
 
     # What is at what.
 

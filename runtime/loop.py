@@ -10,8 +10,8 @@
 A request goes waiting -> running (prefilling, arriving elsewhere, decoding) -> finished. A token's
 index in its request is its identity: one that is there already is dropped, a gap fails the request.
 A round asks the strategy and the planner. There is one when a request came, a plan is done and
-somebody could use its instance, KV came for an instance whose plan does not await it, or something
-failed; never one for a mere step.
+somebody could use its instance, KV came for an instance whose plan does not await it, an engine had
+to decide a step itself, or something failed; never one for a mere step.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from sagec.runtime.cost import StepCost
 from sagec.runtime.engines import (
     Cancelled,
     Capability,
+    DecidedBy,
     Event,
     Failed,
     KVCached,
@@ -536,6 +537,7 @@ class Loop:
         plan = self._plans[self._index[report.instance]]
         if plan is not None and plan.plan_id == report.plan_id:
             self._due |= _is_ending(plan, report.step)
+        self._due |= report.decided_by is DecidedBy.DEADLINE
 
     def _take_tokens(self, report: StepReport) -> None:
         """The step's new tokens go to their requests and out; the table is written at once.

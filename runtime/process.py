@@ -382,7 +382,8 @@ class _Child:
                 self._send(_EventsFrame(events))
             elif self._plan_id is not None and time.monotonic() - self._said_s > ALIVE_S:
                 self._send(_AliveFrame())
-            wait_s = 0.0 if events else None if self._plan_id is None else AWAIT_S
+            is_busy = self._plan_id is not None or getattr(engine, "owes_events", False)
+            wait_s = 0.0 if events else AWAIT_S if is_busy else None
             heard = self._receive(wait_s)
             if heard is None:
                 return

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sagec.runtime.conformance import NO_STEPS, Conformance
 from sagec.runtime.request import FinishReason
 
 
@@ -76,7 +77,8 @@ class Summary:
     """The sum of a run.
 
     duration_us: from the first arrival to the last end. kv_moved_bytes and num_moves: KV handed
-    over between instances. rounds: how often the strategy was asked.
+    over between instances. rounds: how often the strategy was asked. conformance: whether the
+    steps did as they were told.
     """
 
     requests: tuple[RequestReport, ...]
@@ -89,6 +91,7 @@ class Summary:
     kv_moved_bytes: int
     ttft: Quantiles | None
     tpot: Quantiles | None
+    conformance: Conformance = NO_STEPS
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -104,6 +107,7 @@ class Summary:
         rounds: int = 0,
         num_moves: int = 0,
         kv_moved_bytes: int = 0,
+        conformance: Conformance = NO_STEPS,
     ) -> "Summary":
         """The sum of these requests; what happened in between is counted by the caller."""
         begin_us = min((request.arrival_us for request in requests), default=0)
@@ -119,4 +123,5 @@ class Summary:
             kv_moved_bytes=kv_moved_bytes,
             ttft=Quantiles.of([request.ttft_us for request in requests]),
             tpot=Quantiles.of([request.tpot_us for request in requests]),
+            conformance=conformance,
         )

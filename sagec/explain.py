@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sagec.diagnostics import there_are
+from sagec.runtime.engines import DecidedBy
 from sagec.runtime.loop import Instance
 from sagec.runtime.recording import Recording, RecordingError, Round
 from sagec.runtime.recording.entries import (
@@ -290,7 +291,9 @@ def _reason_to_leave(seen: Round, row: int, number: int) -> str | None:
 # What is told.
 
 
-_ORDER = ("arrival", "cancel", "loss", "wait", "reject", "place", "prefill", "hand-over")
+_ORDER = (
+    "arrival", "cancel", "loss", "wait", "reject", "place", "prefill", "hand-over", "deviation"
+)  # fmt: skip
 """Which span comes first of those that begin at the same time."""
 
 
@@ -305,6 +308,7 @@ def _told(facts: _Facts, begun_us: int) -> Story:
         *_hand_overs(facts),
         *_losses(facts),
         *_cancellation(facts),
+        *_deviations(facts),
     ]
     spans.sort(key=lambda span: (span.begin_us, _ORDER.index(span.kind)))
     parts_us = _ttft_parts(facts, came.request.arrival_us)
@@ -488,6 +492,30 @@ def _return(facts: _Facts, loss: Retried) -> str:
 def _cancellation(facts: _Facts) -> Iterator[Span]:
     if (at_us := facts.cancelled_us) is not None:
         yield Span("cancel", at_us, at_us, "Its client cancelled it.")
+
+
+def _deviations(facts: _Facts) -> Iterator[Span]:
+    """Where an instance computed otherwise than planned of it: the first step, and how many."""
+    by_place: dict[str, list[tuple[Step, int, int]]] = {}
+    for step in facts.steps:
+        for number, planned, computed in step.deviations:
+            if number == facts.number:
+                by_place.setdefault(step.instance, []).append((step, planned, computed))
+    for place, found in by_place.items():
+        first, last = found[0][0], found[-1][0]
+        more = counted(len(found) - 1, "step")
+        times = f"; so it was in {more} more" if found[1:] else ""
+        text = f"{_deviation(place, *found[0])}{times}."
+        yield Span("deviation", first.begin_us, last.end_us, text)
+
+
+def _deviation(place: str, step: Step, planned: int, computed: int) -> str:
+    if step.decided_by is DecidedBy.DEADLINE:
+        by_itself = f"it computed {counted(computed, 'token')} of it by itself"
+        return f"No decision came to {place} in time, and {by_itself}"
+    where = f"in step {step.step} of {step.plan_id}"
+    told = f"{place} was to compute {counted(planned, 'token')} of it {where}"
+    return f"{told}, and computed {computed}"
 
 
 def _preemption(facts: _Facts, loss: Preempted) -> str:

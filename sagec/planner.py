@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Operation
 
 from sagec.builder import IRBuilder
 from sagec.compiler import passes_of
 from sagec.dialects import pd
 from sagec.dialects.cluster import InstanceOp
+from sagec.dialects.scalars import int_attr
 from sagec.lowering.execution_plan import plans_of
+from sagec.lowering.targets import ability_of
 from sagec.passes import flow
 from sagec.pipelines import PIPELINES
 from sagec.runtime.plan import ExecutionPlan
@@ -19,6 +21,21 @@ from sagec.universe import sagec_context
 
 HORIZON = 16
 """Steps that a round plans where nobody says."""
+
+
+def put_on(module: ModuleOp, engine: str) -> None:
+    """Let every instance be of `engine`, so that plans keep its rules.
+
+    What the file says to another engine alone (`options`) is gone.
+    """
+    ability = ability_of(engine)
+    most = ability.partial_prefills if ability is not None else 0
+    for op in module.ops:
+        if isinstance(op, InstanceOp) and op.engine.data != engine:
+            op.properties["engine"] = StringAttr(engine)
+            op.properties.pop("options", None)
+            if most:
+                op.properties["max_partial_prefills"] = int_attr(most)
 
 
 class CompilingPlanner:

@@ -15,7 +15,7 @@ from sagec.language.workload import drawn_tokens, sample_id
 from sagec.passes import flow
 from sagec.passes.errors import PassError
 from sagec.passes.topology import Model, topology_of
-from sagec.runtime.request import Request
+from sagec.runtime.request import Request, Sampling
 from sagec.source import diagnostic_of
 
 
@@ -39,7 +39,16 @@ def _requests(op: pd.RequestsOp, models: dict[str, Model]) -> list[Request]:
     names = {name: op.words(name) for name in ("model", "tenant", "session", "adapter")}
     numbers = {
         name: op.column(name).tolist()
-        for name in ("prompt", "generate", "arrived", "priority", "ttft", "tpot", "samples")
+        for name in (
+            "prompt",
+            "generate",
+            "arrived",
+            "priority",
+            "ttft",
+            "tpot",
+            "samples",
+            "top_k",
+        )
     }
     requests: list[Request] = []
     for row, name in enumerate(op.names):
@@ -51,6 +60,7 @@ def _requests(op: pd.RequestsOp, models: dict[str, Model]) -> list[Request]:
                 id=one,
                 prompt=prompt,
                 max_output_tokens=None if generate >= pd.UNBOUNDED else generate,
+                sampling=Sampling(top_k=numbers["top_k"][row]),
                 arrival_us=numbers["arrived"][row],
                 priority=numbers["priority"][row],
                 ttft_us=numbers["ttft"][row] or None,

@@ -16,7 +16,7 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
 from sagec.dialects import pd
-from sagec.planner import CompilingPlanner
+from sagec.planner import CompilingPlanner, put_on
 from sagec.runtime.loop import Instance
 from sagec.runtime.plan import digest_of
 from sagec.runtime.recording import Header, Recording, RecordingError, Round
@@ -108,8 +108,10 @@ class Change:
 class Replay:
     """Does a recording's rounds again."""
 
-    def __init__(self, recording: Recording) -> None:
-        """Raises RecordingError where it was made without the compiler or by an unknown strategy's
+    def __init__(self, recording: Recording, engine: str | None = None) -> None:
+        """engine: on which its instances are, instead of those that it was made with.
+
+        Raises RecordingError where it was made without the compiler or by an unknown strategy's
         text, as do StrategyError and ParseError."""
         self.recording = recording
         header = recording.header
@@ -118,6 +120,8 @@ class Replay:
         self.module = parse_module(
             header.cluster, f"the cluster in {recording.path}", sagec_context()
         )
+        if engine is not None:
+            put_on(self.module, engine)
         self.strategy = strategy_of(header.strategy)
         self.planner = CompilingPlanner(self.module, **_settings(recording))
 

@@ -1,21 +1,25 @@
-"""How long recorded steps took, against what the compiler predicted of them.
+"""How long recorded steps took, against what the compiler predicted of them; and whether they
+computed what they were told to.
 
 for times in step_times(Recording("serve.rec")):
-    print(times.instance, times.ratio_p50)
+    print(times.instance, times.ratio_p50, times.conformance)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sagec.explain import counted
+from sagec.runtime.conformance import NO_STEPS, Conformance
+from sagec.runtime.engines import DecidedBy
 from sagec.runtime.recording import Recording, Round
 from sagec.runtime.recording.columns import unpack
-from sagec.runtime.recording.entries import Step
+from sagec.runtime.recording.entries import Came, Step
 from sagec.runtime.telemetry.metrics import HIT_RATIO
 
 
@@ -23,7 +27,7 @@ from sagec.runtime.telemetry.metrics import HIT_RATIO
 class StepTimes:
     """The steps of an instance whose time was predicted: how many, medians in µs, and measured
     over predicted time. num_close: steps within 25% of it. num_unknown: steps without one, as of
-    plans that are not in the recording."""
+    plans that are not in the recording. deviations: a line each."""
 
     instance: str
     num_steps: int
@@ -33,6 +37,8 @@ class StepTimes:
     ratio_p50: float | None
     ratio_p99: float | None
     num_close: int
+    conformance: Conformance = NO_STEPS
+    deviations: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs."""
@@ -44,15 +50,42 @@ def step_times(recording: Recording) -> list[StepTimes]:
     simulator reports them, count as so many that took the mean."""
     predicted: dict[str, npt.NDArray[np.int64]] = {}
     found: dict[str, list[tuple[float, float]]] = {}
+    steps: dict[str, list[Step]] = {}
+    ids: dict[int, str] = {}
     for entry in recording.everything():
         if isinstance(entry, Round):
             for note in entry.plans:
                 predicted[note.plan_id] = unpack(note.step_us, note.num_estimates)
+        elif isinstance(entry, Came):
+            ids[entry.number] = entry.request.id
         elif isinstance(entry, Step):
             known = predicted.get(entry.plan_id, np.zeros(0))
             pairs = found.setdefault(entry.instance, [])
             pairs += _pairs(entry, known[entry.step : entry.step + entry.steps].tolist())
-    return [_of(instance, pairs) for instance, pairs in found.items()]
+            steps.setdefault(entry.instance, []).append(entry)
+    return [
+        dataclasses.replace(
+            _of(instance, pairs),
+            conformance=Conformance.of(steps[instance]),
+            deviations=tuple(line for step in steps[instance] for line in deviations(step, ids)),
+        )
+        for instance, pairs in found.items()
+    ]
+
+
+def deviations(step: Step, ids: Mapping[int, str]) -> Iterator[str]:
+    """What the step computed otherwise, a line a request; who decided, where no plan did.
+
+    ids: of the requests, by number.
+    """
+    where = f"step {step.step} of {step.plan_id} on {step.instance}"
+    if not step.plan_id:
+        where = f"a step of {step.instance}"
+    if step.decided_by is DecidedBy.DEADLINE:
+        yield f"{where}: no decision came in time, it took its own"
+    for number, planned, computed in step.deviations:
+        name = ids.get(number, f"number {number}")
+        yield f"{where}: planned {counted(planned, 'token')} of {name}, computed {computed}"
 
 
 def _pairs(step: Step, predicted_us: list[int]) -> Iterable[tuple[float, float]]:

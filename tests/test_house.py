@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("dialects", "passes", "lowering", "runtime")
+FOLDERS = ("dialects", "passes", "lowering", "runtime", "third_party")
 PAGES = sorted(
     path for path in (ROOT / "tests" / "filecheck").rglob("*") if path.suffix in (".mlir", ".sage")
 )
@@ -27,7 +27,8 @@ SEAM = tuple(f"sagec.runtime.{name}" for name in ("plan", "plan_text", "clock", 
 """What the compiler may know of the runtime: data, and how long things take."""
 
 FLOORS = {
-    "runtime": ("sagec.runtime",),
+    "third_party": (),
+    "runtime": ("sagec.runtime", "sagec.third_party"),
     "dialects": ("sagec.dialects", *SEAM),
     "passes": ("sagec.passes", "sagec.dialects", *SEAM),
     "lowering": ("sagec.lowering", "sagec.passes", "sagec.dialects", *SEAM),
@@ -341,8 +342,11 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for name, folder in packages_of_the_tree().items():
         for path in folder.iterdir():
-            if path.suffix in (".py", ".lark", ".c", ".typed"):
+            if path.suffix in (".py", ".lark", ".c", ".cc", ".h", ".map", ".typed"):
                 assert f"{name.replace('.', '/')}/{path.name}" in held
+    for path in (ROOT / "third_party").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts and path.name != ".clang-format":
+            assert f"sagec/{path.relative_to(ROOT)}" in held
     assert not any(path.startswith("tests/") for path in held)
 
 
@@ -357,7 +361,8 @@ def tracked() -> list[Path]:
     )
     if done.returncode:
         pytest.skip("not a git checkout")
-    suffixes = (".py", ".md", ".mlir", ".sage", ".toml", ".json", ".c", ".lark", ".yml", "")
+    suffixes = (".py", ".md", ".mlir", ".sage", ".toml", ".json", ".lark", ".yml", "")
+    suffixes += (".c", ".cc", ".h", ".map")
     return [ROOT / name for name in done.stdout.splitlines() if Path(name).suffix in suffixes]
 
 

@@ -18,6 +18,9 @@ from sagec.passes.topology import Instance
 Rule = Callable[[Instance, pd.StepsOp], Iterator[str]]
 """Yields what is wrong with the steps of an instance, and what would be right."""
 
+InstanceRule = Callable[[Instance], Iterator[str]]
+"""The same of an instance, whatever it runs."""
+
 
 @dataclass(frozen=True)
 class Ability:
@@ -27,8 +30,8 @@ class Ability:
     model's own. partial_prefills: prompts a step may leave unfinished; 0: any. hands_over: whether
     KV can leave and enter it, reshards: also between different tp. swaps: it takes KV of preempted
     requests to host memory; caches_prefixes: it keeps KV of requests that are done, and begins a
-    prompt with it where a plan says so. samples: most outputs of one prompt. rules: what no field
-    can say.
+    prompt with it where a plan says so. samples: most outputs of one prompt. max_top_k: most tokens
+    to sample among; 0: any number. rules, instance_rules: what no field can say.
     """
 
     engine: str
@@ -45,9 +48,11 @@ class Ability:
     max_tp: int = 1
     max_pp: int = 1
     samples: int = 1
+    max_top_k: int = 0
     adapters: bool = False
     drafts: bool = False
     rules: tuple[Rule, ...] = field(default=())
+    instance_rules: tuple[InstanceRule, ...] = field(default=())
 
 
 def known() -> list[str]:

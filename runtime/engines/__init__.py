@@ -7,6 +7,7 @@ else lists it. A strategy decides, an engine computes, and the loop alone change
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any, Protocol
 
 import msgspec
@@ -69,6 +70,19 @@ class KVHandle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     begin_us: int
 
 
+class DecidedBy(StrEnum):
+    """Who said what a step computes.
+
+    PLAN: the plan at work. ANSWER: somebody asked about that step alone. DEADLINE: the engine
+    itself, for no decision had come in time. STOCK: the engine itself, which nobody decides for.
+    """
+
+    PLAN = "plan"
+    ANSWER = "answer"
+    DEADLINE = "deadline"
+    STOCK = "stock"
+
+
 class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One step that an instance computed.
 
@@ -78,6 +92,9 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     A simulator knows how many tokens there are, but not which: it says (request_id, index of the
     first, how many) in `advanced`, and may report `steps` like steps that followed one another,
     `step` being the last of them, in one.
+    deviations: (request_id, tokens that the plan gave it in this step, tokens computed) where the
+    two differ; empty: the step obeyed its plan. A decode is one token; who was not planned was
+    given 0. What leaves or finishes by the plan's own rules is none: progress is absolute.
     Times are on the monotonic clock of the machine, in microseconds.
     """
 
@@ -94,6 +111,8 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reused: tuple[tuple[str, int], ...] = ()
     steps: int = 1
     advanced: tuple[tuple[str, int, int], ...] = ()
+    deviations: tuple[tuple[str, int, int], ...] = ()
+    decided_by: DecidedBy = DecidedBy.PLAN
 
 
 class KVExported(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -170,7 +189,9 @@ class Engine(Protocol):
     name keep their KV and compute nothing.
     receive: KV that another instance exported, for a request that a plan here imports, or will.
     poll: what happened since; waits up to timeout_s for something to. An engine without a thread
-    or process of its own computes its next step in here.
+    or process of its own computes its next step in here. One with them, which may have something
+    to tell though it has no plan (a request that it was told to cancel is gone), has a property
+    `owes_events` that says so while it does.
     """
 
     def capability(self) -> Capability: ...

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sagec.runtime.engines import DecidedBy
 from sagec.runtime.loop import Instance
 from sagec.runtime.recording.columns import Packed, unpack
 from sagec.runtime.recording.frames import RecordingError
@@ -76,7 +77,8 @@ class Step(_Entry, frozen=True):
 
     decodes: how many rows decoded. chunks: (number, begin, end) of prompt tokens; reused: (number,
     tokens) that it began with KV of the prefix cache; advanced: (number, first index, count) of
-    tokens of which a simulator knows only how many there are.
+    tokens of which a simulator knows only how many there are. deviations: (number, tokens planned,
+    tokens computed) where the step did not do as it was told; decided_by: by whom.
     """
 
     instance: str
@@ -90,6 +92,8 @@ class Step(_Entry, frozen=True):
     reused: tuple[tuple[int, int], ...] = ()
     steps: int = 1
     advanced: tuple[tuple[int, int, int], ...] = ()
+    deviations: tuple[tuple[int, int, int], ...] = ()
+    decided_by: DecidedBy = DecidedBy.PLAN
 
 
 class Tokens(_Entry, frozen=True):

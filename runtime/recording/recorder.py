@@ -216,6 +216,10 @@ class Recorder:
                 reused=tuple((numbers[r], n) for r, n in report.reused if r in numbers),
                 steps=report.steps,
                 advanced=tuple((numbers[r], i, n) for r, i, n in report.advanced if r in numbers),
+                deviations=tuple(
+                    (numbers[r], p, c) for r, p, c in report.deviations if r in numbers
+                ),
+                decided_by=report.decided_by,
             )
         )
 

@@ -4,6 +4,7 @@ a dashboard for vLLM shows sagec too; the others begin with `sagec:`."""
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sagec.runtime.conformance import Outcome, outcome_of
 from sagec.runtime.engines import (
     Failed,
     KVCached,
@@ -30,6 +31,13 @@ from sagec.runtime.telemetry.requests import Ledger
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+CONFORMANCE = {
+    Outcome.OBEYED: "sagec:steps_obeyed",
+    Outcome.DEVIATED: "sagec:steps_deviated",
+    Outcome.AT_DEADLINE: "sagec:steps_at_deadline",
+}
+"""Where steps are counted by what they are against their plans."""
 
 HIT_RATIO = 0.25
 """A step was predicted well whose time is within this of the prediction."""
@@ -81,6 +89,9 @@ COUNTERS = {
     "sagec:plans": ("plans given to an instance", ("engine",)),
     "sagec:plans_done": ("plans that an instance has left behind", ("engine",)),
     "sagec:steps": ("steps computed", ("engine",)),
+    "sagec:steps_obeyed": ("steps that computed what they were told", ("engine",)),
+    "sagec:steps_deviated": ("steps that computed something else", ("engine",)),
+    "sagec:steps_at_deadline": ("steps that no decision came for in time", ("engine",)),
     "sagec:steps_predicted": ("steps whose time was predicted", ("engine",)),
     "sagec:steps_predicted_well": ("of them, within 25% of it", ("engine",)),
     "sagec:kv_evictions": ("cached blocks that went", ("engine",)),
@@ -206,6 +217,8 @@ class Metrics:
         prompt = sum(end - begin for _, begin, end in said.chunks)
         generated = len(said.tokens) + sum(count for _, _, count in said.advanced)
         self._labelled("sagec:steps", name).inc(said.steps)
+        if (counted := CONFORMANCE.get(outcome_of(said))) is not None:
+            self._labelled(counted, name).inc(said.steps)
         self._labelled("sagec:step_seconds", name).observe(step_us / 1e6)
         self._labelled("vllm:iteration_tokens_total", name).observe(prompt + len(said.decodes))
         self._labelled("vllm:generation_tokens", name).inc(generated)

@@ -24,9 +24,10 @@ def run(args: argparse.Namespace, recording: Recording) -> int:
     """
     if not recording.header.tokens:
         raise RecordingError(f"{recording.path}: recorded without tokens: nothing to compare with")
-    every, replay = asked(recording), Replay(recording)
+    engine = serving.known_engine(args.on)
+    every, replay = asked(recording), Replay(recording, engine)
     placed = topology_of(replay.module).instances
-    specs = [serving.spec_of(instance, args.on, one_process=True) for instance in placed]
+    specs = [serving.spec_of(instance, one_process=True) for instance in placed]
     if not specs:
         raise InputError(f"{recording.path}: no instance in its cluster")
     running = serving.started(specs, one_process=True)

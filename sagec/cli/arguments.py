@@ -62,7 +62,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises UsageError.
     """
     parser = tree()
-    args, rest = parser.parse_known_args(list(argv))
+    words, program = _cut(list(argv))
+    args, rest = parser.parse_known_args(words)
     if rest:
         options = _options(parser if args.command is None else subparsers(parser)[args.command])
         word = next((word for word in rest if word.startswith("-")), rest[0])
@@ -73,7 +74,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.command is None:
         parser.print_help()
         parser.exit()
+    if program:
+        args.program += program
     return args
+
+
+def _cut(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line, and behind its first `--` a program's, which argparse would look into."""
+    if "--" not in argv or argv[0] not in commands.PROGRAM_BEHIND:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
 
 
 def tree() -> Parser:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sagec.cli.failure import InputError
+from sagec.runtime.telemetry.metrics import CONFORMANCE
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -170,6 +171,7 @@ def _instances(page: Page, before: Page | None) -> Table:
         "output tok/s",
         "steps/s",
         "step ms",
+        "as planned",
         "predicted well",
         "prefix hits",
     )
@@ -177,6 +179,7 @@ def _instances(page: Page, before: Page | None) -> Table:
         at = {"engine": name}
         steps = page.value("sagec:step_seconds_count", **at)
         step_ms = 1e3 * page.value("sagec:step_seconds_sum", **at) / steps if steps else 0.0
+        told = sum(page.value(f"{figure}_total", **at) for figure in CONFORMANCE.values())
         predicted = page.value("sagec:steps_predicted_total", **at)
         asked = page.value("vllm:prefix_cache_queries_total", **at)
         table.add_row(
@@ -187,6 +190,7 @@ def _instances(page: Page, before: Page | None) -> Table:
             _rate(page, before, "vllm:generation_tokens_total", **at),
             _rate(page, before, "sagec:steps_total", **at),
             f"{step_ms:.2f}",
+            _share(page.value("sagec:steps_obeyed_total", **at), told),
             _share(page.value("sagec:steps_predicted_well_total", **at), predicted),
             _share(page.value("vllm:prefix_cache_hits_total", **at), asked),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ def total(summary: Summary) -> dict[str, Any]:
         "tpot_p99_ms": _ms(tpot.p99_us) if tpot else None,
         "tokens_per_s": round(summary.output_tokens_per_s, 1),
         "steps": summary.steps,
+        "conformance": dataclasses.asdict(summary.conformance),
         "rounds": summary.rounds,
         "kv_moves": summary.num_moves,
         "kv_moved_bytes": summary.kv_moved_bytes,
@@ -102,7 +104,7 @@ def sentence(summary: Summary) -> str:
     return (
         f"{sums['requests']} requests in {sums['duration_ms']:.0f} ms: {sums['rounds']} rounds, "
         f"{sums['steps']} steps, {sums['kv_moves']} hand-overs with {moved} of KV; "
-        "TTFT and TPOT below the line are medians"
+        f"TTFT and TPOT below the line are medians; conformance: {summary.conformance}"
     )
 
 

@@ -18,9 +18,13 @@ import msgspec
 
 TOOLS = {
     "C compiler": (("cc", "gcc", "clang"), "apt-get install gcc", "fast paged attention"),
+    "C++ compiler": (("c++", "g++", "clang++"), "apt-get install g++", "the turbomind engine"),
     "mlir-opt": (("mlir-opt-22", "mlir-opt"), "apt-get install mlir-22-tools", "one test"),
 }
 """Programs by purpose: names to look for, what installs one, and what is lost without."""
+
+BROUGHT_BY = {"_turbomind": "lmdeploy", "_xgrammar": "lmdeploy"}
+"""Modules that lie within a package, which puts them on the path when it is imported."""
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16")
 
@@ -37,7 +41,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 def findings() -> list[Finding]:
     """Everything that the doctor looks at, in the order in which it is told."""
-    return [*_system(), *_packages(), *_tools(), *_devices(), *_engines()]
+    return [*_system(), *_packages(), *_tools(), *_devices(), *_engines(), _patches()]
 
 
 def _system() -> list[Finding]:
@@ -131,17 +135,35 @@ def _engines() -> list[Finding]:
     extras = {text.partition("extra ==")[2].strip(" \"'") for text in _requirements()}
     for name in engines.known():
         missing = sorted(_missing_imports(Path(engines.__path__[0]), name))
-        package = f"sagec[{name}]" if name in extras else " ".join(missing)
         found.append(
             Finding(
                 group="engines",
                 name=name,
                 here=not missing,
                 detail=f"needs {', '.join(missing)}" if missing else "usable",
-                remedy=f"pip install '{package}'" if missing else "",
+                remedy=_remedy(name, missing, extras),
             )
         )
     return found
+
+
+def _remedy(engine: str, missing: list[str], extras: set[str]) -> str:
+    """The command that installs what an engine misses."""
+    from sagec.runtime.engines.turbomind import wheel
+
+    if missing == ["lmdeploy"]:
+        return wheel.known().remedy
+    package = f"sagec[{engine}]" if engine in extras else " ".join(missing)
+    return f"pip install '{package}'" if missing else ""
+
+
+def _patches() -> Finding:
+    """Whether TurboMind's patches are made for the lmdeploy that is here, and built."""
+    from sagec.cli import patches
+
+    told = patches.status()
+    detail = told["refusal"] or told["patches"] or "not built yet: the first engine builds them"
+    return Finding(group="engines", name="turbomind's patches", here=told["known"], detail=detail)
 
 
 def _missing_imports(folder: Path, engine: str) -> set[str]:
@@ -155,6 +177,7 @@ def _missing_imports(folder: Path, engine: str) -> set[str]:
                 names.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
+    names = {BROUGHT_BY.get(name, name) for name in names}
     return {name for name in names if importlib.util.find_spec(name) is None}
 
 

@@ -17,8 +17,10 @@ from sagec.cli.text import Transcript, decoder_of
 from sagec.diagnostics import Diagnostic
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
+from sagec.planner import put_on
 from sagec.runtime import engines, process
 from sagec.runtime.clock import WallClock
+from sagec.runtime.conformance import Conformance
 from sagec.runtime.engines import Engine, InstanceSpec
 from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Finished, Instance, Output, Planned, Token
@@ -37,6 +39,13 @@ CHANNELS = {True: "local", False: "shared-memory"}
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
+QUANT_POLICIES = {"int4": "4", "int8": "8"}
+"""TurboMind's names of types of KV; other than these it is the model's."""
+
+LEAST_SESSIONS = 256
+"""TurboMind's batch has a place for each request that it knows, whether a step computes it or not:
+those that it has no place for wait until one of them ends."""
+
 WELL = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -48,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
         writing.check_writable(path)
     compiler = Compiler()
     unit = compiler.read(args.file)
+    if args.engine is not None:
+        put_on(unit.module, known_engine(args.engine))
     placed = topology_of(unit.module).instances
     requests = chosen(unit, args.limit)
     strategy = strategy_for(unit, args.strategy)
-    specs = [spec_of(instance, args.engine, args.one_process) for instance in placed]
+    specs = [spec_of(instance, args.one_process) for instance in placed]
     if not specs:
         raise InputError(f"{unit.name}: no instance to serve on; say where in a cluster")
     served = _Served(requests, {i.model.name: i.model.path for i in placed}, args.json)
@@ -96,19 +107,18 @@ def chosen(unit: Unit, limit: int | None) -> list[Request]:
     return requests
 
 
-def spec_of(instance: Placed, engine: str | None, one_process: bool) -> InstanceSpec:
-    """What it takes to start an instance of the file, perhaps on another engine.
-
-    Raises UsageError where there is no such engine.
-    """
-    name = instance.engine if engine is None else engine
+def known_engine(name: str) -> str:
+    """The name. Raises UsageError where there is no such engine."""
     if name not in engines.known():
-        text = unknown("engine", name, engines.known())
-        raise (
-            UsageError(text)
-            if engine is not None
-            else InputError(f"instance @{instance.name}: {text}")
-        )
+        raise UsageError(unknown("engine", name, engines.known()))
+    return name
+
+
+def spec_of(instance: Placed, one_process: bool) -> InstanceSpec:
+    """What it takes to start an instance of the file. Raises InputError where it cannot be."""
+    name = instance.engine
+    if name not in engines.known():
+        raise InputError(f"instance @{instance.name}: {unknown('engine', name, engines.known())}")
     options = {}
     if name == "torch":
         device = instance.devices[0].kind if instance.devices else "cpu"
@@ -117,11 +127,12 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
             "dtype": DTYPES.get(instance.dtype, instance.dtype),
             "channel": CHANNELS[one_process],
         }
+    if name == "turbomind":
+        options = turbomind_options(instance) | {"channel": CHANNELS[one_process]}
     if name == "sim" and instance.devices:
         cost = dataclasses.asdict(instance.cost)
         options = {field: repr(value) for field, value in cost.items()}
-    if name == instance.engine:
-        options |= said_options(instance)
+    options |= said_options(instance)
     return InstanceSpec(
         id=instance.name,
         engine=name,
@@ -130,6 +141,19 @@ def spec_of(instance: Placed, engine: str | None, one_process: bool) -> Instance
         block_tokens=instance.block_tokens,
         options=options,
     )
+
+
+def turbomind_options(instance: Placed) -> dict[str, str]:
+    """What TurboMind is told of an instance; where there is no GPU, it computes a toy model."""
+    is_toy = all(device.kind == "cpu" for device in instance.devices)
+    return {
+        "maths": "toy" if is_toy else "model",
+        "tp": str(instance.tp),
+        "dtype": "auto" if is_toy else DTYPES.get(instance.dtype, instance.dtype),
+        "quant_policy": QUANT_POLICIES.get(instance.kv_dtype, "0"),
+        "max_batch": str(max(instance.max_batch, LEAST_SESSIONS)),
+        "step_tokens": str(instance.max_step_tokens),
+    }
 
 
 def said_options(instance: Placed) -> dict[str, str]:
@@ -243,6 +267,7 @@ class _Served:
             rounds=self.rounds,
             num_moves=len(timeline.moves),
             kv_moved_bytes=timeline.kv_moved_bytes,
+            conformance=Conformance.of(timeline.steps),
         )
 
 

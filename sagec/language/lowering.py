@@ -27,6 +27,7 @@ _INT_COLUMNS = {
     "ttft": 0,
     "tpot": 0,
     "samples": 1,
+    "top_k": 0,
     "chunk": 0,
 }
 _WORD_COLUMNS = ("tenant", "session", "adapter", "on", "decode_on")

@@ -49,6 +49,9 @@ pd.graph @serve {{policy = "fifo", mode = "{mode}", horizon = {horizon}}} {{
 WIDE = "kv_blocks = 64, block_tokens = 16, max_step_tokens = 64"
 NARROW = "kv_blocks = 7, block_tokens = 16, max_step_tokens = 24, max_batch = 3"
 
+LIMITS = {"turbomind": ", max_partial_prefills = 1"}
+"""What instances of an engine must say, for it takes no more."""
+
 ALONE = ["--one-process"]
 
 SERVINGS = {
@@ -66,6 +69,7 @@ SERVINGS = {
 
 def module_of(engine: str, path: str, serving: str) -> tuple[str, list[str]]:
     cluster, room, mode, chunk, flags = SERVINGS[serving]
+    room += LIMITS.get(engine, "")
     text = MODEL.format(path=path) + cluster.format(engine=engine, room=room)
     return text + GRAPH.format(mode=mode, chunk=chunk, horizon=8), flags
 
@@ -93,6 +97,9 @@ def served(
     out, err = captured.readouterr()
     assert (code, err) == (0, ""), out
     result: dict[str, Any] = json.loads(out)
+    told = dict(result["total"]["conformance"])
+    assert told.pop("obeyed") >= result["total"]["steps"]
+    assert set(told.values()) == {0}, told
     counted = {row["request"]: [0] * row["output_tokens"] for row in result["requests"]}
     return counted | {row["request"]: row["tokens"] for row in result["requests"] if row["tokens"]}
 
@@ -102,7 +109,7 @@ def served(
 def test_how_requests_are_served_changes_no_token(
     engine: str, serving: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = served(engine, "hybrid", tmp_path, capsys)
+    alone = served(engine, "hybrid", tmp_path, capsys, *ALONE)
     assert {name: len(tokens) for name, tokens in alone.items()} == {
         "a": 9, "b": 14, "c": 1, "d": 12, "e": 7, "f": 20
     }  # fmt: skip
@@ -113,9 +120,10 @@ def test_how_requests_are_served_changes_no_token(
 def test_a_prompt_that_fills_its_prefill_instance_is_answered_in_full_elsewhere(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = "kv_blocks = 3, block_tokens = 16"
+    limits = LIMITS.get(engine, "")
+    small, wide = f"kv_blocks = 3, block_tokens = 16{limits}", WIDE + limits
     prefill, decode = PAIR.splitlines(keepends=True)
-    cluster = prefill.format(engine=engine, room=small) + decode.format(engine=engine, room=WIDE)
+    cluster = prefill.format(engine=engine, room=small) + decode.format(engine=engine, room=wide)
     file = tmp_path / "serve.mlir"
     file.write_text(
         MODEL.format(path=path_of(engine))

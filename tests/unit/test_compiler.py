@@ -16,8 +16,9 @@ from sagec.compiler import Compiler, IROptimizer, PDSeparator, passes_of
 from sagec.diagnostics import Diagnostic
 from sagec.dialects import pd
 from sagec.passes.errors import PassError
+from sagec.passes.topology import topology_of
 from sagec.pipelines import DEFAULT, PIPELINES
-from sagec.planner import HORIZON, CompilingPlanner
+from sagec.planner import HORIZON, CompilingPlanner, put_on
 from sagec.runtime.plan import check
 from sagec.runtime.request import Request
 from sagec.runtime.state import Decision, Instances, Running, State, Waiting
@@ -208,6 +209,22 @@ def round_of(waiting: int) -> tuple[State, Decision]:
         instances=Instances.of(["p0", "d0"], role=["prefill", "decode"], kv_blocks=9),
     )
     return state, Decision.admit(np.arange(waiting), asked)
+
+
+def test_instances_that_are_put_on_another_engine_are_planned_by_its_rules(
+    compiler: Compiler,
+) -> None:
+    module = compiler.read("examples/chat.sage").module
+    before = topology_of(module).instances
+    put_on(module, "turbomind")
+    after = topology_of(module).instances
+    assert {(each.engine, each.max_partial_prefills) for each in before} == {("torch", 0)}
+    assert {(each.engine, each.max_partial_prefills) for each in after} == {("turbomind", 1)}
+    compiler.optimize(module)
+    (prefill, _) = compiler.lower(module)
+    last_of_step = np.append(np.diff(prefill.chunks.step) > 0, True)
+    partial = prefill.chunks.end < prefill.rows.prompt_tokens[prefill.chunks.row]
+    assert not (partial & ~last_of_step).any()
 
 
 def test_a_planner_serves_as_the_files_graph_says(compiler: Compiler) -> None:

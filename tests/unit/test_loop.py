@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sagec.runtime.clock import VirtualClock
 from sagec.runtime.engines import (
     Cancelled,
+    DecidedBy,
     EngineError,
     Failed,
     KVExported,
@@ -232,7 +233,13 @@ def report(instance="x0", plan_id="", **fields) -> StepReport:
     return StepReport(instance=instance, plan_id=plan_id, step=0, begin_us=0, end_us=1, **fields)
 
 
+def undecided(**fields) -> StepReport:
+    """A step that the engine took by itself, for no plan had come in time."""
+    return report(decided_by=DecidedBy.DEADLINE, **fields)
+
+
 REQUEST = Request(id="a", prompt=(1, 2, 3), max_output_tokens=5)
+LONG = Request(id="a", prompt=tuple(range(40)), max_output_tokens=30)
 
 
 def test_a_new_request_is_planned_at_once_and_sent_along():
@@ -251,6 +258,64 @@ def test_a_token_that_is_there_is_dropped():
         Token("a", 1, 8, 1)
     ]
     assert driven.loop.output("a") == (7, 8)
+
+
+def test_tokens_of_a_step_that_no_plan_named_are_taken_once_and_planned_on_from():
+    driven = Driven()
+    (first,) = driven.send(Arrived(LONG), kind=Submit)
+    assert first.plan.chunks.end.tolist() == [32, 40]
+    taken = driven.send(undecided(chunks=(("a", 0, 40),), tokens=(("a", 0, 7),)))
+    assert Token("a", 0, 7, 1) in taken
+    (second,) = [action for action in taken if isinstance(action, Submit)]
+    assert (second.requests, len(second.plan.chunks)) == ((), 0)
+    assert second.plan.rows.computed_tokens.tolist() == [40]
+    late = report(plan_id=first.plan.plan_id, decodes=("a",), tokens=(("a", 0, 7), ("a", 1, 8)))
+    assert driven.send(late, kind=Token) == [Token("a", 1, 8, 1)]
+    assert driven.loop.output("a") == (7, 8)
+
+
+def test_an_engine_that_computes_without_a_plan_gets_one():
+    class Once(DirectPlanner):
+        def plan(self, state, decision):
+            return [] if state.round == 1 else super().plan(state, decision)
+
+    driven = Driven(planner=Once())
+    (first,) = driven.send(Arrived(LONG), kind=Submit)
+    done = PlanDone(instance="x0", plan_id=first.plan.plan_id)
+    assert driven.send(done, kind=Submit) == []
+    (second,) = driven.send(undecided(chunks=(("a", 0, 16),)), kind=Submit)
+    assert second.plan.chunks.begin.tolist() == [16]
+    assert driven.send(report(chunks=(("a", 16, 40),)), kind=Submit) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), prompt=st.integers(1, 60), generate=st.integers(1, 20))
+def test_an_engine_that_often_decides_by_itself_loses_and_repeats_no_token(data, prompt, generate):
+    """Between plans it computes whatever it likes, of prompts and of outputs."""
+    driven = Driven()
+    asked = Request(id="a", prompt=tuple(range(prompt)), max_output_tokens=generate)
+    actions = driven.send(Arrived(asked))
+    computed, output, outputs = 0, 0, []
+    while output < generate:
+        end = min(prompt + output, computed + data.draw(st.integers(1, 40)))
+        samples = end == prompt + output
+        step = {"tokens": (("a", output, 100 + output),)} if samples else {}
+        step["chunks" if computed < prompt else "decodes"] = (
+            (("a", computed, end),) if computed < prompt else ("a",)
+        )
+        computed, output = end, output + samples
+        if output == generate:
+            step["finished"] = (("a", FinishReason.LENGTH),)
+        decided = data.draw(st.booleans())
+        actions = driven.send(report(**step) if decided else undecided(**step))
+        outputs += [action for action in actions if isinstance(action, Token)]
+        for submit in (action for action in actions if isinstance(action, Submit)):
+            assert submit.plan.rows.computed_tokens.tolist() == [computed]
+    assert [(token.index, token.token) for token in outputs] == [
+        (index, 100 + index) for index in range(generate)
+    ]
+    (finished,) = [action for action in actions if isinstance(action, Finished)]
+    assert finished.report.output_tokens == generate
 
 
 def test_a_gap_in_the_tokens_fails_the_request_and_says_so():

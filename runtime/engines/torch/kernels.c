@@ -55,18 +55,18 @@ INLINE float exponential(float x) {
     return sum * power;
 }
 
-INLINE void normalise(const element *x, const element *weight, element *out, int64_t width,
-                      float eps) {
+INLINE void normalise(const element *x, const element *weight, element *out, int64_t width, float eps) {
     float squares = 0;
-    for (int64_t i = 0; i < width; i++) squares += load(x[i]) * load(x[i]);
+    for (int64_t i = 0; i < width; i++)
+        squares += load(x[i]) * load(x[i]);
     float factor = 1.0f / sqrtf(squares / width + eps);
     for (int64_t i = 0; i < width; i++)
         out[i] = store(load(store(load(x[i]) * factor)) * load(weight[i]));
 }
 
 /* hidden += added, where there is any; out = RMS norm of hidden. All [rows, width]. */
-void add_norm(element *hidden, const element *added, const element *weight, element *out,
-              int64_t rows, int64_t width, float eps) {
+void add_norm(element *hidden, const element *added, const element *weight, element *out, int64_t rows,
+              int64_t width, float eps) {
     for (int64_t row = 0; row < rows; row++) {
         element *x = hidden + row * width;
         if (added)
@@ -98,8 +98,7 @@ INLINE void turn(element *head, const element *rope, int half) {
 
 /* Normalise (where there are weights) and turn queries and keys in place; store keys and values. */
 void store_kv(const shape *s, int64_t tokens, const int64_t *positions, const int64_t *kv_slots,
-              const element *rope, const element *q_norm, const element *k_norm, element *qkv,
-              element *kv) {
+              const element *rope, const element *q_norm, const element *k_norm, element *qkv, element *kv) {
     int64_t head_dim = s->head_dim, width = (s->heads + 2 * s->kv_heads) * head_dim;
     int64_t stored = 2 * s->kv_heads * head_dim;
     for (int64_t token = 0; token < tokens; token++) {
@@ -107,11 +106,11 @@ void store_kv(const shape *s, int64_t tokens, const int64_t *positions, const in
         for (int head = 0; head < s->heads + s->kv_heads; head++) {
             element *state = states + head * head_dim;
             const element *weight = head < s->heads ? q_norm : k_norm;
-            if (weight) normalise(state, weight, state, head_dim, s->norm_eps);
+            if (weight)
+                normalise(state, weight, state, head_dim, s->norm_eps);
             turn(state, rope + positions[token] * head_dim, head_dim / 2);
         }
-        memcpy(kv + kv_slots[token] * stored, states + s->heads * head_dim,
-               stored * sizeof(element));
+        memcpy(kv + kv_slots[token] * stored, states + s->heads * head_dim, stored * sizeof(element));
     }
 }
 
@@ -128,11 +127,13 @@ INLINE void score_block(const shape *s, int group, int head_dim, int tokens, con
             const element *key = keys + head * head_dim;
             for (int i = 0; i < head_dim; i += 64 / (int)sizeof(element))
                 __builtin_prefetch(key + stride + i); /* the value, which is wanted soon */
-            for (int i = 0; i < head_dim; i++) row[i] = load(key[i]);
+            for (int i = 0; i < head_dim; i++)
+                row[i] = load(key[i]);
             for (int g = 0; g < group; g++) {
                 const float *query = queries + (head * group + g) * head_dim;
                 float score = 0;
-                for (int i = 0; i < head_dim; i++) score += query[i] * row[i];
+                for (int i = 0; i < head_dim; i++)
+                    score += query[i] * row[i];
                 scores[(head * group + g) * s->block_tokens + t] = score;
             }
         }
@@ -142,14 +143,17 @@ INLINE void score_block(const shape *s, int group, int head_dim, int tokens, con
 INLINE void softmax_block(int head_dim, int tokens, float *scores, float *highest, float *total,
                           float *weighted) {
     float top = *highest, sum = 0;
-    for (int t = 0; t < tokens; t++) top = scores[t] > top ? scores[t] : top;
+    for (int t = 0; t < tokens; t++)
+        top = scores[t] > top ? scores[t] : top;
     if (top > *highest) {
         float shrink = exponential(*highest - top);
         *total *= shrink;
-        for (int i = 0; i < head_dim; i++) weighted[i] *= shrink;
+        for (int i = 0; i < head_dim; i++)
+            weighted[i] *= shrink;
         *highest = top;
     }
-    for (int t = 0; t < tokens; t++) sum += scores[t] = exponential(scores[t] - top);
+    for (int t = 0; t < tokens; t++)
+        sum += scores[t] = exponential(scores[t] - top);
     *total += sum;
 }
 
@@ -160,34 +164,39 @@ INLINE void weigh_block(const shape *s, int group, int head_dim, int tokens, con
         for (int g = 0; g < group; g++) {
             const float *weights = scores + (head * group + g) * s->block_tokens;
             float *to = weighted + (head * group + g) * head_dim, sum[head_dim];
-            for (int i = 0; i < head_dim; i++) sum[i] = to[i];
+            for (int i = 0; i < head_dim; i++)
+                sum[i] = to[i];
             for (int t = 0; t < tokens; t++) {
                 const element *value = block + (2 * t + 1) * stride + head * head_dim;
-                for (int i = 0; i < head_dim; i++) sum[i] += weights[t] * load(value[i]);
+                for (int i = 0; i < head_dim; i++)
+                    sum[i] += weights[t] * load(value[i]);
             }
-            for (int i = 0; i < head_dim; i++) to[i] = sum[i];
+            for (int i = 0; i < head_dim; i++)
+                to[i] = sum[i];
         }
     }
 }
 
-INLINE void attend_token(const shape *s, int group, int head_dim, int64_t context,
-                         const int32_t *table, const element *token, const element *kv,
-                         element *out, float *scratch) {
+INLINE void attend_token(const shape *s, int group, int head_dim, int64_t context, const int32_t *table,
+                         const element *token, const element *kv, element *out, float *scratch) {
     int heads = s->kv_heads * group;
     float *queries = scratch, *weighted = queries + heads * head_dim;
     float *highest = weighted + heads * head_dim, *sums = highest + heads, *scores = sums + heads;
     int64_t block_size = 2 * (int64_t)s->block_tokens * s->kv_heads * head_dim;
-    for (int i = 0; i < heads * head_dim; i++) queries[i] = load(token[i]) * s->scale;
-    for (int i = 0; i < heads * head_dim; i++) weighted[i] = 0;
-    for (int i = 0; i < heads; i++) highest[i] = -1e30f, sums[i] = 0;
+    for (int i = 0; i < heads * head_dim; i++)
+        queries[i] = load(token[i]) * s->scale;
+    for (int i = 0; i < heads * head_dim; i++)
+        weighted[i] = 0;
+    for (int i = 0; i < heads; i++)
+        highest[i] = -1e30f, sums[i] = 0;
     for (int64_t begin = 0; begin < context; begin += s->block_tokens, table++) {
         int64_t left = context - begin;
         int tokens = left < s->block_tokens ? (int)left : s->block_tokens;
         const element *block = kv + *table * block_size;
         score_block(s, group, head_dim, tokens, block, queries, scores);
         for (int head = 0; head < heads; head++)
-            softmax_block(head_dim, tokens, scores + head * s->block_tokens, highest + head,
-                          sums + head, weighted + head * head_dim);
+            softmax_block(head_dim, tokens, scores + head * s->block_tokens, highest + head, sums + head,
+                          weighted + head * head_dim);
         weigh_block(s, group, head_dim, tokens, block, scores, weighted);
     }
     for (int head = 0; head < heads; head++)
@@ -199,8 +208,8 @@ INLINE void attend_token(const shape *s, int group, int head_dim, int64_t contex
    position. slots: each token's row of the block tables. scratch: 2 * heads * head_dim +
    2 * heads + heads * block_tokens floats. */
 void attend(const shape *s, int64_t tokens, const int64_t *positions, const int32_t *slots,
-            const int32_t *tables, int64_t table_width, const element *qkv, const element *kv,
-            element *out, float *scratch) {
+            const int32_t *tables, int64_t table_width, const element *qkv, const element *kv, element *out,
+            float *scratch) {
     int64_t width = (int64_t)(s->heads + 2 * s->kv_heads) * s->head_dim;
     int64_t out_width = (int64_t)s->heads * s->head_dim;
     int group = s->heads / s->kv_heads;
@@ -210,11 +219,13 @@ void attend(const shape *s, int64_t tokens, const int64_t *positions, const int3
         element *to = out + token * out_width;
         int64_t context = positions[token] + 1;
         /* Constants let the compiler unroll; the shapes are those of most models. */
+        /* clang-format off */
 #define SHAPE(GROUP, DIM)                                                                       \
     if (group == GROUP && s->head_dim == DIM)                                                   \
         attend_token(s, GROUP, DIM, context, table, states, kv, to, scratch);                   \
     else
         SHAPE(2, 64) SHAPE(4, 64) SHAPE(7, 64) SHAPE(2, 128) SHAPE(4, 128) SHAPE(8, 128)
         attend_token(s, group, s->head_dim, context, table, states, kv, to, scratch);
+        /* clang-format on */
     }
 }

@@ -6,13 +6,14 @@ from pathlib import Path
 import msgspec
 import torch
 
+from sagec.runtime.compiled import Unbuilt
 from sagec.runtime.engines import Capability, EngineError, InstanceSpec
 from sagec.runtime.engines.torch.checkpoint import load_weights
 from sagec.runtime.engines.torch.config import DTYPES, ModelConfig, read_config
 from sagec.runtime.engines.torch.device_blocks import TorchBlocks
 from sagec.runtime.engines.torch.kernels import Kernels, TorchKernels
 from sagec.runtime.engines.torch.model import Model
-from sagec.runtime.engines.torch.native import NativeKernels, Unbuilt
+from sagec.runtime.engines.torch.native import NativeKernels
 from sagec.runtime.engines.torch.residents import Residents
 from sagec.runtime.engines.torch.rope import rope_table
 from sagec.runtime.engines.torch.transfer import kv_layout

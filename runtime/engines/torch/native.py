@@ -2,17 +2,13 @@
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sagec.runtime.compiled import compiled
 from sagec.runtime.engines.torch.batch import Batch
 from sagec.runtime.engines.torch.checkpoint import LayerWeights
 from sagec.runtime.engines.torch.config import ModelConfig
@@ -20,8 +16,8 @@ from sagec.runtime.engines.torch.kernels import TorchKernels
 
 SOURCE = Path(__file__).parent / "kernels.c"
 FLAGS = (
-    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast"),
-    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+    *("-O3", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fassociative-math"),
+    *("-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
 )
 ELEMENTS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",), torch.float16: ("-DFLOAT16",)}
 SHORT_TOKENS = 8
@@ -34,10 +30,6 @@ _ARGUMENTS = {  # i: a 64-bit integer, p: a pointer, f: a float
     "attend": "pipppipppp",
 }
 _KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
-
-
-class Unbuilt(RuntimeError):
-    """There is no library; says why."""
 
 
 class _Shape(ctypes.Structure):
@@ -157,41 +149,13 @@ def load_library(dtype: torch.dtype) -> Any:
 
     Raises Unbuilt.
     """
-    library: Any = ctypes.CDLL(str(_build(ELEMENTS[dtype])))
+    path = compiled("kernels", [SOURCE], (*FLAGS, *ELEMENTS[dtype]), key=(_cpu(),))
+    library: Any = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = [_KINDS[kind] for kind in arguments]
         function.restype = None
     return library
-
-
-def _build(element: tuple[str, ...]) -> Path:
-    source = SOURCE.read_bytes()
-    key = repr((source, FLAGS, element, platform.machine(), _cpu())).encode()
-    name = f"kernels-{hashlib.sha256(key).hexdigest()[:20]}.so"
-    folder = cache_folder()
-    if (folder / name).exists():
-        return folder / name
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise Unbuilt("no C compiler (cc, or the one that CC names)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / name
-            command = (compiler, *FLAGS, *element, str(SOURCE), "-o", str(built), "-lm")
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise Unbuilt(f"{compiler} failed: {' '.join(done.stderr.split())[:200]}")
-            built.replace(folder / name)
-    except OSError as error:
-        raise Unbuilt(f"{folder}: {error.strerror}") from None
-    return folder / name
-
-
-def cache_folder() -> Path:
-    """Where builds are kept: sagec in XDG_CACHE_HOME, which is ~/.cache unless it is set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sagec"
 
 
 def _cpu() -> str:

@@ -16,6 +16,10 @@ ORDER = (
     "passes",
     "strategies",
     "doctor",
+    "patch",
     "completion",
 )
 """How the help lists them; one that is not here comes last."""
+
+PROGRAM_BEHIND = ("patch",)
+"""Commands that run the program whose command line stands behind `--`; it is added to `program`."""

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--strategy", metavar="NAME", help="say what another strategy would decide")
     what.add_argument("--on", metavar="ENGINE", help="serve the requests again, on this engine")
     what.add_argument(
-        "--steps", action="store_true", help="hold the steps' times against what was predicted"
+        "--steps", action="store_true", help="hold the steps against what was predicted and planned"
     )
     parser.add_argument(
         "--limit", metavar="N", type=positive, default=20, help="differences to print (default: 20)"
@@ -146,7 +146,9 @@ def _print_round_json(recorded: Round) -> None:
     writing.print_json(as_json(recorded))
 
 
-STEP_COLUMNS = ("instance", "steps", "predicted us", "measured us", "p50", "p99", "within 25%")
+STEP_COLUMNS = (
+    "instance", "steps", "predicted us", "measured us", "p50", "p99", "within 25%", "as planned"
+)  # fmt: skip
 
 
 def _print_steps(args: argparse.Namespace, recording: Recording) -> int:
@@ -163,13 +165,24 @@ def _print_steps(args: argparse.Namespace, recording: Recording) -> int:
     print(f"{args.file}: {steps} against predicted times; medians, and measured over predicted")
     rows = [
         (t.instance, t.num_steps, t.predicted_us, t.measured_us, t.ratio_p50, t.ratio_p99,
-         f"{t.num_close / t.num_steps:.0%}" if t.num_steps else None)
+         f"{t.num_close / t.num_steps:.0%}" if t.num_steps else None,
+         f"{t.conformance.obeyed / t.conformance.decided:.0%}" if t.conformance.decided else None)
         for t in found
     ]  # fmt: skip
     writing.console(width=100).print(table_of(STEP_COLUMNS, rows, ("instance",)))
     if unknown := sum(times.num_unknown for times in found):
         print(f"{counted(unknown, 'more step')} without a prediction")
+    _print_deviations([line for times in found for line in times.deviations], args.limit)
     return 0
+
+
+def _print_deviations(lines: list[str], limit: int) -> None:
+    from sagec.explain import counted
+
+    for line in lines[:limit]:
+        print(line)
+    if len(lines) > limit:
+        print(f"and {counted(len(lines) - limit, 'more deviation')}")
 
 
 def _print_changes(args: argparse.Namespace, recording: Recording) -> int:

@@ -32,20 +32,6 @@ pd.graph @swapped {
 
 // -----
 
-// So does TurboMind.
-// CHECK: error: instance @x: "s" is to be swapped out, and turbomind takes no KV to host memory
-// CHECK: preempt it instead
-cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
-cluster.device @g0
-cluster.instance @x on [@g0] engine "turbomind" role both model @m {kv_blocks = 400, block_tokens = 64, max_partial_prefills = 1}
-pd.graph @swapped {
-  %old = pd.resident on @x ["s": context 9]
-  %kept = pd.preempt %old ["s": swap on @x]
-  pd.yield
-}
-
-// -----
-
 // Of somebody's own engine nothing is known but that it steps.
 // CHECK: error: instance @x: "b" is to begin with 64 tokens that were computed before, and embedded keeps none
 // CHECK: leave the match out

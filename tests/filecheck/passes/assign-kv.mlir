@@ -21,6 +21,22 @@ pd.graph @reserves {horizon = 16} {
   pd.yield %end
 }
 
+// Prompts that were begun under a shorter horizon stay, though all that they decode in this one finds
+// no blocks: the last of them decodes one token for now. Alone, "a" 155 + 12 and "b" 106 + 12 tokens.
+// CHECK-LABEL: pd.graph @begun_under_a_shorter_horizon
+// CHECK: kv.reserve on @narrow [
+// CHECK-NEXT: "a": blocks 11,
+// CHECK-NEXT: "b": blocks 7
+// CHECK-NEXT: ]
+
+cluster.instance @narrow on [@g0] engine "sim" role both model @tiny {kv_blocks = 18}
+pd.graph @begun_under_a_shorter_horizon {horizon = 16} {
+  %new = pd.requests ["a": prompt 155 generate 13 computed 128, "b": prompt 106 generate 13 computed 64]
+  %kv = pd.prefill %new on @narrow
+  %end = pd.decode %kv on @narrow
+  pd.yield %end
+}
+
 // With prefill and decode apart each side reserves: the prompt here, prompt and output there.
 // CHECK-LABEL: pd.graph @apart
 // CHECK: kv.reserve on @x [

@@ -1,6 +1,7 @@
 // What is asked before a step, and what is answered.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -9,17 +10,28 @@
 namespace sagec::tm {
 
 // A step's question: everybody who could compute in it, in TurboMind's own order.
-struct StepView {
-    std::int64_t step = 0;
+class StepView {
+  public:
     int free_blocks = 0, cached_blocks = 0, budget_tokens = 0;
     std::vector<sagec_tm_row> rows;
+
+    void index_rows(); // once they are complete; find_row() wants it
+    // The row of a session, null where it is not there.
+    const sagec_tm_row *find_row(std::uint64_t session) const;
+    std::size_t index_of(const sagec_tm_row &row) const { return &row - rows.data(); }
+
+  private:
+    std::size_t place_of(std::uint64_t session) const;
+
+    // An open hash table of row numbers from 1, 0 where a place is free: built anew for every step,
+    // so it must cost next to nothing. Its size is a power of two.
+    std::vector<std::uint32_t> table_;
 };
 
 // A step's answer. Nobody named: hold.
 struct Decision {
     int decided_by = SAGEC_TM_BY_STOCK;
-    bool strict = true;
-    std::int64_t plan = 0, plan_step = 0;
+    std::int64_t step = 0, plan = 0, plan_step = 0;
     std::vector<sagec_tm_item> items; // in this order; `end` absolute
 
     bool is_stock() const { return decided_by == SAGEC_TM_BY_STOCK || decided_by == SAGEC_TM_BY_DEADLINE; }

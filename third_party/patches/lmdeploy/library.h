@@ -35,6 +35,9 @@ std::string library_path();
 // Looked up from the library itself, so that nothing preloaded is found instead.
 void *resolve(const char *name);
 
+// Where the library's own call of the function goes now: what its slot holds; null where it has none.
+void *called(const char *name);
+
 // Patches the PLT slot of each hook, or none: "" or what is missing. `slot` of the library only.
 std::string patch(const std::vector<Hook> &hooks);
 void restore();

@@ -17,6 +17,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 #define SAGEC_TM_ABI 1
 #define SAGEC_TM_INSTANCE_SHIFT 48
@@ -55,8 +56,9 @@ void sagec_tm_wake(uint32_t instance);  /* a step on hold looks again, e.g. at t
 
 /* ---- 0003: decisions ------------------------------------------------------------------------------ */
 
-/* The columns of an ExecutionPlan; a row a request. `sessions` may name some that are not there yet.
- * Steps whose chunks and decodes find nobody are passed over. Rules: plan_cursor.h. */
+/* The columns of an ExecutionPlan; a row a request. `sessions` may name some that are not there yet:
+ * then the engine looks at its queue once before the plan begins. Steps whose chunks and decodes find
+ * nobody are passed over. Rules: plan_cursor.h. */
 typedef struct {
     int64_t plan; /* grows; takes over from an older one at the next step */
     int64_t num_steps, max_step_tokens;
@@ -73,13 +75,13 @@ const char *sagec_tm_post_plan(uint32_t instance, const sagec_tm_plan *plan);
 
 /* A step that waits for an answer, and who could compute in it. */
 typedef struct {
-    int64_t step; /* 1, 2, ... of the instance; an answer names it */
+    int64_t step; /* 1, 2, ... of the instance, one for each decision; an answer names it */
     int32_t num_rows, free_blocks, cached_blocks, budget_tokens; /* budget: the most the engine takes */
 } sagec_tm_question;
 
 typedef struct {
     uint64_t session, priority;             /* priority: stock's, lower is first */
-    int32_t context, computed, status, pad; /* status: 0 cached, 1 locked, 2 active */
+    int32_t context, computed, status, pad; /* status: 1 it waits, 2 the last step computed it */
 } sagec_tm_row;
 
 /* One computes tokens [computed, min(end, context)). */
@@ -91,8 +93,9 @@ typedef struct {
 /* 1 and the question, its first `capacity` rows; 0 after timeout_us without one, or closed. */
 int32_t sagec_tm_wait_question(uint32_t instance, int64_t timeout_us, sagec_tm_question *question,
                                sagec_tm_row *rows, int32_t capacity);
-/* In this order; at most one item may leave its context unfinished. No items: the step is held, and
- * asked again. Too late, or of another step: refused. */
+/* In this order; at most one item may leave its context unfinished, a second one is left out. Who has
+ * left since the question is ignored. No items: the step is held, and asked again under the next number.
+ * Too late, of another step, another instance's sessions, or one twice: refused. */
 const char *sagec_tm_answer(uint32_t instance, int64_t step, const sagec_tm_item *items, int32_t num_items);
 
 /* ---- what happened: the event log ------------------------------------------------------------------ */
@@ -102,10 +105,12 @@ enum {
     /* A step that was computed. step, plan (0: none), plan_step, decided_by, begin_us, end_us,
      * active_blocks, cached_blocks, free_blocks, num_rows; then for each row:
      * session, begin, end, planned_end (0: not planned), token (sampled; else 0), flags.
-     * Rows that were planned and not computed stand there too, with begin = end. */
+     * Rows that were planned and not computed stand there too, with begin = end: they found no room, the
+     * engine's budget was used up, or another row of the step was left unfinished already. */
     SAGEC_TM_STEP = 1,
-    SAGEC_TM_PLAN_DONE = 2,     /* plan: all its steps are gone by, or a newer plan took over */
-    SAGEC_TM_ERASED = 3,        /* session, computed: it holds nothing any more */
+    SAGEC_TM_PLAN_DONE = 2, /* plan: all its steps are gone by, or a newer plan took over */
+    SAGEC_TM_ERASED = 3, /* session, computed: it holds nothing any more; after EXPORTED, if any, and before
+                            the step that finished it, if one did */
     SAGEC_TM_PREEMPTED = 4,     /* session, computed before, after: it lost KV to others */
     SAGEC_TM_MATCHED = 5,       /* session, tokens: the prefix cache had so many of them */
     SAGEC_TM_STORED = 6,        /* session, num_blocks, uid of each: its first blocks, now in the trie */
@@ -114,12 +119,23 @@ enum {
     SAGEC_TM_IMPORTED = 9,      /* session, tokens, num_bytes, begin_us, end_us */
     SAGEC_TM_NOT_IMPORTED = 10, /* session, why (see below): an ordinary prefill follows */
     SAGEC_TM_GAP = 11,          /* session, plan, plan_step, begin, computed: a chunk behind tokens that
-                                   nobody computed; it is left out */
+                                   nobody computed, or (begin <= computed) one that ends behind the
+                                   session's context; it and the session's later ones are left out */
 };
 
 enum { SAGEC_TM_BY_STOCK = 0, SAGEC_TM_BY_PLAN = 1, SAGEC_TM_BY_ANSWER = 2, SAGEC_TM_BY_DEADLINE = 3 };
 enum { SAGEC_TM_ROW_SAMPLED = 1, SAGEC_TM_ROW_FINISHED = 2 };
-enum { SAGEC_TM_NO_ROOM = 1, SAGEC_TM_NOT_ALL_RANKS = 2, SAGEC_TM_TOO_LONG = 3 };
+/* Why KV was not imported: too few free and cached blocks (it is tried again as long as the session has
+ * computed nothing); another rank could not, or did not come; the blob covers the whole context, of
+ * which one token must be left to compute; blocks of another size; other tokens; CUDA refused. */
+enum {
+    SAGEC_TM_NO_ROOM = 1,
+    SAGEC_TM_NOT_ALL_RANKS = 2,
+    SAGEC_TM_TOO_LONG = 3,
+    SAGEC_TM_OTHER_BLOCKS = 4,
+    SAGEC_TM_OTHER_TOKENS = 5,
+    SAGEC_TM_NOT_COPIED = 6
+};
 
 /* Events since the last call, whole ones only, at most `capacity` int64s; waits up to timeout_us for
  * the first. Returns how many int64s were written; where the first event does not fit: minus its size. */
@@ -156,9 +172,9 @@ typedef struct {
 } sagec_tm_move;
 
 /* TO_HOST: when the session is erased, its KV is copied to host memory first: EXPORTED.
- * TO_DEVICE: when the session is first scheduled, it begins with the blob's KV: IMPORTED, or
- * NOT_IMPORTED and an ordinary prefill. A blob that is cut, altered or of another layout is refused
- * here, by name, and nothing is staged. All moves or none. */
+ * TO_DEVICE: before the session is submitted. When it is first scheduled, it begins with the blob's
+ * KV: IMPORTED, or NOT_IMPORTED and an ordinary prefill. A blob that is cut, altered, of another
+ * layout or too late is refused here, by name, and nothing is staged. All moves or none. */
 const char *sagec_tm_migrate_blocks(uint32_t instance, const sagec_tm_move *moves, int32_t num_moves);
 void sagec_tm_forget(uint32_t instance, uint64_t session); /* what migrate_blocks asked, and its blob */
 
@@ -168,6 +184,8 @@ const char *sagec_tm_take_export(uint32_t instance, uint64_t session, void *blob
  * (the caller's hash of model, precision and whatever else must agree). */
 uint64_t sagec_tm_layout(uint64_t seed, int64_t block_bytes, int32_t block_tokens, int32_t num_ranks);
 void sagec_tm_set_layout(uint32_t instance, uint64_t layout); /* what this instance's exports carry */
+/* The checksum of blobs, CRC-32C; for tests, by_table: without the processor's instruction. */
+uint32_t sagec_tm_crc32c(const void *bytes, int64_t num_bytes, int32_t by_table);
 
 /* ---- counters ----------------------------------------------------------------------------------------- */
 
@@ -179,6 +197,15 @@ typedef struct {
     int64_t exports, imports, refused_imports;
 } sagec_tm_counters;
 const char *sagec_tm_count(uint32_t instance, sagec_tm_counters *counters);
+
+/* For tests: a plan's cursor without an engine. NULL where the plan is refused. `next` puts the items of
+ * the next step that has any for these rows into `items` and returns their number, at most `capacity`,
+ * and `plan_step`; 0: there is none. `gaps` are the chunks left out so far, as GAP tells of them. */
+void *sagec_tm_cursor_new(const sagec_tm_plan *plan);
+int32_t sagec_tm_cursor_next(void *cursor, const sagec_tm_row *rows, int32_t num_rows, sagec_tm_item *items,
+                             int32_t capacity, int64_t *plan_step);
+int32_t sagec_tm_cursor_gaps(void *cursor);
+void sagec_tm_cursor_free(void *cursor);
 
 /* 0004: collectives of this process, all instances. */
 enum {
@@ -199,6 +226,7 @@ void sagec_tm_collectives(sagec_tm_collective collectives[SAGEC_TM_NUM_COLLECTIV
 /* Time one call in `every` on its stream; 0: none (as it begins). */
 void sagec_tm_time_collectives(int32_t every);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

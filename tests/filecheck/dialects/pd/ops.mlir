@@ -19,11 +19,11 @@ pd.graph @everything_said { // a comment does not make the braces a body
 // CHECK-LABEL: pd.graph @requests
 pd.graph @requests {
   // CHECK: %full = pd.requests [
-  // CHECK-NEXT: "chat-1": prompt 1024 generate 256 arrived 1830000 deadline 2030000 priority -1 ttft 200000 tpot 50000 model @tiny tenant "blue" session "s1" adapter "lora-7" samples 2 prefix [11, -12] cached 512 computed 16 chunk 64 on @p0 decode_on @d0 text "Hello \22you\22"
+  // CHECK-NEXT: "chat-1": prompt 1024 generate 256 arrived 1830000 deadline 2030000 priority -1 ttft 200000 tpot 50000 model @tiny tenant "blue" session "s1" adapter "lora-7" samples 2 top_k 40 prefix [11, -12] cached 512 computed 16 chunk 64 on @p0 decode_on @d0 text "Hello \22you\22"
   // CHECK-NEXT: ] : !pd.wave<1>
   // GENERIC: "pd.requests"() <{ids = #pd.names<"chat-1">{{.*}}adapter = #pd.words<"lora-7" : 0>{{.*}}prefix = #pd.lists<[11, -12]>{{.*}} : () -> !pd.wave<1>
   %full = pd.requests [
-    "chat-1": text "Hello \"you\"" decode_on @d0 on @p0 chunk 64 computed 16 cached 512 prefix [11, -12] samples 2
+    "chat-1": text "Hello \"you\"" decode_on @d0 on @p0 chunk 64 computed 16 cached 512 prefix [11, -12] top_k 40 samples 2
       adapter "lora-7" session "s1" tenant "blue" model @tiny tpot 50000 ttft 200000 priority -1
       deadline 2030000 arrived 1830000 generate 256 prompt 1024
   ]

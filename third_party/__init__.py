@@ -1,0 +1,1 @@
+"""What sagec patches, and with what: `lmdeploy/` says which and whence, `patches/` how."""
