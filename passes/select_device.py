@@ -365,7 +365,9 @@ class _Candidates:
 
     def _returning(self) -> dict[int, Bools]:
         """Instances that do not prefill, by number, and which rows go on there all the same: those
-        of whose prompt the instance has all but the last token, for that one is like a decode."""
+        of whose prompt the instance has all but the last token, for that one is like a decode; and
+        those that have begun there, for an engine may have found less than it was thought to have.
+        """
         table, on, found = self.rows.table, self.rows.on, {}
         for name in dict.fromkeys((*table.matches.on, *filter(None, on.words))):
             instance = self.topology.instance(name, self.at)
@@ -374,6 +376,7 @@ class _Candidates:
             said = on.codes == (on.words.index(name) if name in on.words else len(on.words))
             there = np.maximum(np.where(said, table.cached, 0), table.matches.of(name))
             whole = (there > 0) & (there == table.prompt - table.computed - 1)
+            whole |= said & (table.computed > 0)
             if whole.any():
                 found[instance.index] = whole
         return found

@@ -114,12 +114,12 @@ def _obeyed(played: Run, roomy: bool) -> None:
         if step.decided_by == abi.BY_DEADLINE:
             assert played.stalls
             continue
-        planned = played.planned[step.step]
-        budget = played.budgets[step.step]
-        for row in step.rows:
-            if not row.planned_end:
-                continue
-            assert row.planned_end == planned[row.session]
-            budget -= row.planned_end - row.begin
+        left = played.budgets[step.step]
+        rows = {row.session: row for row in step.rows if row.planned_end}
+        for session, planned_end in played.planned[step.step].items():
+            if (row := rows.get(session)) is None:
+                continue  # it was cancelled meanwhile
+            assert row.planned_end == planned_end
+            left -= planned_end - row.begin
             is_left_out = row.end == row.begin and not roomy
-            assert row.end == row.planned_end or is_left_out or budget < 0, (step, row)
+            assert row.end == planned_end or is_left_out or left < 0, (step, row)

@@ -334,6 +334,26 @@ def shuffled(draw: random.Random, chunk: int) -> Decide:
     return decide
 
 
+def a_sequence_may_lose_blocks_from_its_middle() -> None:
+    """Two compute one prefix each for itself; a third gets the blocks of both, and keeps one of the
+    first one's when that is preempted. TurboMind itself would end the process here."""
+    with driven(prefix_cache=True, kv_blocks=12) as one:
+        first = one.submit(text(49, seed=1), 9)
+        second = one.submit(text(32, seed=1) + text(30, seed=2), 9)
+        one.hold_until(lambda question: len(question.rows) == 2)
+        one.serve(whole, steps=1)
+        third = one.submit(text(60, seed=1), 9)
+        one.hold_until(lambda question: len(question.rows) == 3)
+        one.serve(only(third.id), steps=1)
+        large = one.submit(text(100, seed=3), 9)
+        one.hold_until(lambda question: len(question.rows) == 4)
+        one.serve(lambda question: whole(question)[2:], steps=1)
+        one.serve(whole)
+        assert first.id in {event.session for event in one.of(LostKV)}
+        exact(first, second, third, large)
+        as_traced(one)
+
+
 def a_prompt_that_was_cancelled_half_way_leaves_nothing_wrong_behind() -> None:
     with driven(prefix_cache=True) as one:
         for computed in (16, 32, 48, 50, 99):

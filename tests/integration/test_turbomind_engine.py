@@ -186,7 +186,7 @@ def test_a_row_that_decodes_goes_on_elsewhere(child: Child, tp: int) -> None:
 def test_a_row_whose_kv_is_in_host_memory_goes_on_elsewhere(child: Child) -> None:
     what = exact(child, "moved_from_host_memory")
     assert what["failures"] == {}
-    assert what["tokens here and there"] == [5, 7]
+    assert what["tokens here and there"] == [6, 6], "the plan lets it sample one before it leaves"
 
 
 def test_requests_for_which_the_batch_has_no_place_come_as_others_leave(child: Child) -> None:

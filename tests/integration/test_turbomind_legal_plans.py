@@ -45,15 +45,15 @@ def check(child: Child, serving: Serving) -> None:
     for what in ("preempted", "swapped", "moves", "reused_tokens"):
         event(f"{what}: {'some' if getattr(outcome, what) else 'none'}")
     assert wrong(serving, outcome, expected(serving, generate)) == []
-    # KV that comes may find no room yet, and its row waits. Nobody computes what is not planned.
+    # KV that comes may find no room yet, a cache less than it had: then a row computes less than
+    # planned. Nobody computes more.
     assert [one for one in outcome.deviations if one[2] <= one[3]] == []
-    assert outcome.moves or outcome.conformance["deviated"] == 0
     assert outcome.conformance["at_deadline"] == outcome.conformance["stock"] == 0
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(serving=servings())
-def test_tokens_of_legal_plans_are_exact_and_every_step_is_as_planned(
+def test_tokens_of_legal_plans_are_exact_and_nothing_is_computed_that_is_not_planned(
     child: Child, serving: Serving
 ) -> None:
     check(child, serving)

@@ -51,7 +51,6 @@ _WHY_NOT = {
     abi.OTHER_BLOCKS: "is in blocks of another size",
     abi.OTHER_TOKENS: "is of other tokens than the request has here",
     abi.NOT_COPIED: "could not be copied to the device",
-    abi.NOT_COPIED: "could not be copied to the device",
 }
 """What may be said of KV that was not imported."""
 
@@ -196,11 +195,12 @@ class TurboMindEngine:
         running = self._running = Running(plan, next(self._plan_numbers))
         self._preempt(plan)
         self._refuse_impossible(running)
-        for id, peer in running.exports.items():
-            if row := self._residents.rows.get(id):
-                self._export(row, peer)
         self._residents.expect_nobody()
         running.sessions = {id: self._residents.session_for(id) for id in plan.request_ids}
+        for id, peer in running.exports.items():
+            row = self._residents.rows.get(id)
+            if row is not None and not running.has_left(row):
+                self._export(row, peer)
         self._plan_ids[running.number] = plan.plan_id
         self._plan_ids.pop(running.number - _REMEMBERED_PLANS, None)
         self._import_waiting()
