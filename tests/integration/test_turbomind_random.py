@@ -20,7 +20,7 @@ pytestmark = needs_turbomind
 
 REQUESTS = st.tuples(
     st.integers(0, 60),  # the question at which it comes
-    st.sampled_from([0, 0, 16, 40]),  # tokens that it shares with others
+    st.sampled_from([0, 16, 32, 40]),  # tokens that it shares with others
     st.integers(1, 70),  # tokens of its own
     st.integers(1, 14),  # tokens to generate
     st.one_of(st.just(0), st.just(0), st.integers(1, 80)),  # the question at which it is cancelled
@@ -29,7 +29,7 @@ REQUESTS = st.tuples(
 CASES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**32),
-        "requests": st.lists(REQUESTS, min_size=1, max_size=12),
+        "requests": st.lists(REQUESTS, min_size=4, max_size=12),
         "kv_blocks": st.sampled_from([8, 9, 12, 20, 120]),
         "prefix_cache": st.booleans(),
         "tp": st.sampled_from([1, 1, 1, 2]),

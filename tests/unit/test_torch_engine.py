@@ -265,7 +265,7 @@ REFUSED = [
     ({"prompt": (1, 97)}, "prompt token 97 is not in [0, 97)"),
     ({"prompt": (-1, 2)}, "prompt token -1 is not in [0, 97)"),
     ({"prompt": (1,) * 256}, "a prompt of 256 tokens leaves no room for an answer in 256 tokens"),
-    ({"prompt": (1,), "adapter": "x"}, "adapter 'x': the torch engine serves the model alone"),
+    ({"prompt": (1,), "adapter": "x"}, "adapter 'x': this engine serves the model alone"),
     ({"prompt": (1,), "stop_strings": ("",)}, "an empty stop string would stop before"),
 ]
 

@@ -10,10 +10,11 @@ from sagec.runtime.engines.turbomind.native_events import Exported, Step, StepRo
 from sagec.runtime.engines.turbomind.plans import Running, columns, refuse_unsupported
 from sagec.runtime.engines.turbomind.prefixes import Published
 from sagec.runtime.engines.turbomind.reports import Settlement
-from sagec.runtime.engines.turbomind.rows import Intake, Refused, Row
+from sagec.runtime.engines.turbomind.rows import Row, check_sampling
 from sagec.runtime.kv import block_hashes
 from sagec.runtime.plan import Acceleration, ExecutionPlan, PlanError
 from sagec.runtime.request import FinishReason, Sampling
+from sagec.runtime.row import Refused
 from tests.torch_engines import plan, request
 
 SAMPLED = abi.ROW_SAMPLED
@@ -202,42 +203,14 @@ def test_a_report_says_who_decided_the_step() -> None:
 # Requests
 
 
-class _NoTokenizer:
-    @property
-    def tokenizer(self) -> object:
-        raise ValueError("stop strings need a tokenizer")
-
-
-def intake() -> Intake:
-    return Intake(
-        vocab=200,
-        eos_tokens=(1,),
-        max_context_tokens=48,
-        tokenizer=_NoTokenizer(),  # type: ignore[arg-type]
-    )
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        (request("a", ()), "the prompt is empty"),
-        (request("a", (3, 200)), r"prompt token 200 is not in \[0, 200\)"),
-        (request("a", (3,) * 48), "leaves no room for an answer in 48 tokens"),
-        (request("a", (3,), sampling=Sampling(top_k=2000)), "top_k 2000; TurboMind has 1024"),
-        (request("a", (3,), adapter="x"), "adapter 'x'"),
-        (request("a", (3,), stop_strings=("",)), "an empty stop string"),
-        (request("a", (3,), stop_strings=("end",)), "stop strings need a tokenizer"),
-    ],
-)
-def test_a_request_is_refused_with_the_reason(asked, said: str) -> None:
-    with pytest.raises(Refused, match=said):
-        intake().row(asked, 1)
+def test_what_turbomind_would_die_of_is_refused() -> None:
+    with pytest.raises(Refused, match="top_k 2000; TurboMind has 1024 at most"):
+        check_sampling(request("a", (3,), sampling=Sampling(top_k=2000)))
+    check_sampling(request("a", (3,), sampling=Sampling(top_k=1024)))
 
 
 def test_turbomind_looks_out_for_as_many_stop_tokens_as_it_can() -> None:
-    taken = intake().row(request("a", (3,), stop_tokens=tuple(range(2, 60))), 1)
-    assert len(taken.stops) == 59
-    assert len(taken.watched) == 32
+    assert row(stops=frozenset(range(60))).watched == list(range(32))
 
 
 # The prefix cache

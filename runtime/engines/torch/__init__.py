@@ -3,9 +3,8 @@
 What each file holds, in the order data passes: config (config.json), checkpoint (safetensors to
 weights), rope, batch (what one step computes, flattened), model (the forward pass) over linear
 (matrix products) and kernels (the rest, in torch) or native (in C, kernels.c, where a compiler is
-found), sampling, text (stop strings), row (a request here), residents (the rows and their blocks,
-which are those of runtime/kv), running (a plan under way), transfer (KV out and in), loading,
-engine (plans to steps to events).
+found), sampling, row (a request here), residents (the rows and their blocks, which are those of
+runtime/kv), transfer (KV out and in), loading, engine (plans to steps to events).
 """
 
 from sagec.runtime.engines import Engine, EngineError, InstanceSpec

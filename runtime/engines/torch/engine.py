@@ -22,13 +22,14 @@ from sagec.runtime.engines import (
 )
 from sagec.runtime.engines.torch.batch import Span, build_batch
 from sagec.runtime.engines.torch.loading import load_residents, read_options
-from sagec.runtime.engines.torch.residents import Refused, Residents
+from sagec.runtime.engines.torch.residents import Residents
 from sagec.runtime.engines.torch.row import Row
 from sagec.runtime.engines.torch.sampling import draw, sample
 from sagec.runtime.engines.torch.transfer import check_layout, receive_kv, send_kv
 from sagec.runtime.kv.prefix_cache import PrefixCache
 from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError, check
 from sagec.runtime.request import FinishReason, Request
+from sagec.runtime.row import Refused
 
 Message = tuple[ExecutionPlan, tuple[Request, ...]] | KVHandle | str
 """What an engine is told between two steps; a string cancels that request."""

@@ -8,12 +8,13 @@ import torch
 from sagec.runtime.engines.torch.model import Model
 from sagec.runtime.engines.torch.row import Row
 from sagec.runtime.engines.torch.sampling import draw_key
-from sagec.runtime.engines.torch.text import StopStrings, TokenizerFile
 from sagec.runtime.kv.pool import BlockPool, PoolStatistics, QuotaExceeded
 from sagec.runtime.kv.prefix_cache import Prefix, PrefixCache
 from sagec.runtime.kv.prefix_index import IndexStatistics
 from sagec.runtime.kv.tiers import TierStatistics
 from sagec.runtime.request import Request
+from sagec.runtime.row import Intake
+from sagec.runtime.text import TokenizerFile
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,6 @@ class CacheStatistics:
     index: IndexStatistics | None
     tiers: TierStatistics | None
     missed_tokens: int
-
-
-class Refused(ValueError):
-    """A request that this instance cannot serve; says why."""
 
 
 @dataclass
@@ -50,7 +47,14 @@ class Residents:
     missed_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._tokenizer = TokenizerFile(self.folder)
+        config = self.model.config
+        self._intake = Intake(
+            vocab=config.vocab,
+            eos_tokens=config.eos_tokens,
+            room_tokens=self.max_context_tokens,
+            tokenizer=TokenizerFile(self.folder),
+            max_tokens=config.max_context_tokens,
+        )
 
     def statistics(self) -> CacheStatistics:
         """Figures of this moment, and of what happened since the instance started."""
@@ -65,25 +69,12 @@ class Residents:
 
     def add(self, request: Request, output: tuple[int, ...] = ()) -> Row:
         """A row for `request`, without KV. Raises Refused where it cannot be served here."""
-        self._check(request)
-        longest = self.model.config.max_context_tokens
-        if request.max_output_tokens is not None:
-            longest = min(longest, len(request.prompt) + request.max_output_tokens)
-        stop_strings = self._stop_strings(request)
-        if stop_strings is not None:
-            resumed = request.prompt[len(request.prompt) - request.resumed_tokens :]
-            for token in (*resumed, *output):
-                stop_strings.push(token)
+        fields = self._intake.fields(request, output)
         row = self.rows[request.id] = Row(
-            request=request,
+            **fields,
             slot=self.pool.open_slot(request.tenant),
             draw_key=draw_key(request),
             prefix=Prefix(self.pool.block_tokens, request.adapter),
-            stops=frozenset(request.stop_tokens + self.model.config.eos_tokens),
-            max_tokens=longest,
-            room_tokens=self.max_context_tokens,
-            stop_strings=stop_strings,
-            tokens=[*request.prompt, *output],
         )
         return row
 
@@ -185,28 +176,3 @@ class Residents:
         else:
             self.store(row)
             self.cache.release(row.slot, row.prefix)
-
-    def _check(self, request: Request) -> None:
-        vocab = self.model.config.vocab
-        if not request.prompt:
-            raise Refused("the prompt is empty; it needs a token at least")
-        if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-            bad = next(token for token in request.prompt if not 0 <= token < vocab)
-            raise Refused(f"prompt token {bad} is not in [0, {vocab}); another model's tokenizer?")
-        if len(request.prompt) >= self.max_context_tokens:
-            raise Refused(
-                f"a prompt of {len(request.prompt)} tokens leaves no room for an answer in "
-                f"{self.max_context_tokens} tokens of context"
-            )
-        if request.adapter:
-            raise Refused(f"adapter {request.adapter!r}: the torch engine serves the model alone")
-
-    def _stop_strings(self, request: Request) -> StopStrings | None:
-        if not request.stop_strings:
-            return None
-        if "" in request.stop_strings:
-            raise Refused("an empty stop string would stop before the first token; leave it out")
-        try:
-            return StopStrings(self._tokenizer.tokenizer, request.stop_strings)
-        except ValueError as error:
-            raise Refused(str(error)) from None

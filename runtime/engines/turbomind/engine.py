@@ -33,10 +33,11 @@ from sagec.runtime.engines.turbomind.plans import Running, columns, refuse_unsup
 from sagec.runtime.engines.turbomind.prefixes import Published
 from sagec.runtime.engines.turbomind.reports import Settlement
 from sagec.runtime.engines.turbomind.residents import Residents
-from sagec.runtime.engines.turbomind.rows import Refused, Row
+from sagec.runtime.engines.turbomind.rows import Row
 from sagec.runtime.engines.turbomind.sessions import Session, SessionStatus
 from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError, check
 from sagec.runtime.request import Request
+from sagec.runtime.row import Refused
 
 _REMEMBERED_PLANS = 8
 """For how many plans a request that left is remembered: a plan may name it that was made before

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagec.runtime.engines import Capability, EngineError, InstanceSpec
-from sagec.runtime.engines.torch.text import TokenizerFile
 from sagec.runtime.engines.turbomind import abi
 from sagec.runtime.engines.turbomind.loading import Loaded, load
 from sagec.runtime.engines.turbomind.native import Native, NativeError, NativeInstance
 from sagec.runtime.engines.turbomind.options import Options
 from sagec.runtime.engines.turbomind.patching import PatchError, ensure_patched
 from sagec.runtime.engines.turbomind.residents import Residents
-from sagec.runtime.engines.turbomind.rows import Intake
 from sagec.runtime.engines.turbomind.toy import ToyError, load_stand_ins
+from sagec.runtime.row import Intake
+from sagec.runtime.text import TokenizerFile
 
 _NUMBERS = itertools.count(1)
 """Of the instances of this process; none is given twice, for its sessions bear it."""
@@ -55,7 +55,7 @@ def open_instance(spec: InstanceSpec, options: Options) -> Opened:
     intake = Intake(
         vocab=loaded.vocab_size,
         eos_tokens=loaded.eos_tokens,
-        max_context_tokens=loaded.max_context_tokens,
+        room_tokens=loaded.max_context_tokens,
         tokenizer=TokenizerFile(Path(spec.model)),
     )
     capability = Capability(

@@ -8,9 +8,10 @@ from sagec.runtime.engines import EngineError
 from sagec.runtime.engines.turbomind.abi import INSTANCE_SHIFT
 from sagec.runtime.engines.turbomind.loading import Loaded, submit_session
 from sagec.runtime.engines.turbomind.native import Bytes, Move, NativeInstance
-from sagec.runtime.engines.turbomind.rows import Intake, Row
+from sagec.runtime.engines.turbomind.rows import Row, check_sampling
 from sagec.runtime.engines.turbomind.sessions import Session
 from sagec.runtime.request import Request
+from sagec.runtime.row import Intake
 
 Then = Callable[[], None]
 
@@ -74,7 +75,9 @@ class Residents:
         if older := self._rows.get(request.id):
             self.drop(older)
         session = self._expected.pop(request.id, None) or next(self._numbers)
-        row = self._rows[request.id] = self._intake.row(request, session, output)
+        check_sampling(request)
+        fields = self._intake.fields(request, output)
+        row = self._rows[request.id] = Row(**fields, session=session)
         return row
 
     def drop(self, row: Row, then: Then | None = None) -> None:

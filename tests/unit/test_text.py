@@ -10,7 +10,7 @@ tokenizers = pytest.importorskip("tokenizers")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from sagec.runtime.engines.torch.text import StopStrings, TokenizerFile  # noqa: E402
+from sagec.runtime.text import StopStrings, TokenizerFile  # noqa: E402
 from tests.checkpoints import byte_tokenizer  # noqa: E402
 
 TOKENIZER = byte_tokenizer()
