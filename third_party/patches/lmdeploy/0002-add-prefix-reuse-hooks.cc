@@ -1,8 +1,8 @@
 // 0002: what the prefix cache finds and stores, and a guard for what it may store.
 //
 // Hooks SequenceManager::PrefixMatch (before the look-up sequences may begin with KV from elsewhere;
-// after it, what was found is told), CachePrompt and CacheGeneration (which know the rank), and
-// BlockTrie::Cache.
+// after it, what was found is told), CachePrompt and CacheGeneration (which know the rank),
+// BlockTrie::Cache, and BlockManager::Verify, which says what a preempted sequence still has.
 //
 // The guard. TurboMind publishes all blocks of a prompt but the last when its first chunk is computed.
 // As long as its own scheduler decides, nobody overtakes that prompt; with an order from outside, a
@@ -29,6 +29,7 @@ Original<void(SequenceManager *, Sequences &)> original_prefix_match;
 Original<void(SequenceManager *, const Sequences &, int)> original_cache_prompt;
 Original<void(SequenceManager *, const Sequence &)> original_cache_generation;
 Original<Published(BlockTrie *, const Sequence &, const Tokens &)> original_trie_cache;
+Original<int(BlockManager *, const BlockIds &, const UniqueIds &)> original_verify; // not called
 
 thread_local bool speaks = false; // rank 0 of an instance is publishing
 
@@ -120,6 +121,17 @@ void tell_of_matches(Instance &instance, const Sequences &unstarted) {
     }
 }
 
+// How many of a sequence's first blocks still hold its KV. Stock ends the process where a later one does
+// though an earlier one does not. But two sequences that computed one prefix each for itself get their
+// blocks mixed in the trie: who is given the mixture and ends makes the later blocks of the first one
+// newer than its earlier ones, and eviction goes by age.
+int verify(BlockManager *manager, const BlockIds &ids, const UniqueIds &uids) {
+    std::size_t valid = 0;
+    while (valid < ids.size() && manager->blocks[ids[valid]].unique_id == uids[valid])
+        ++valid;
+    return static_cast<int>(valid);
+}
+
 void prefix_match(SequenceManager *manager, Sequences &sequences) {
     const auto instance = instance_numbered(number_of(sequences));
     if (!instance)
@@ -146,7 +158,8 @@ std::vector<Hook> prefix_hooks() {
             {names::kCachePrompt, reinterpret_cast<void *>(cache_prompt), original_cache_prompt.slot()},
             {names::kCacheGeneration, reinterpret_cast<void *>(cache_generation),
              original_cache_generation.slot()},
-            {names::kTrieCache, reinterpret_cast<void *>(trie_cache), original_trie_cache.slot()}};
+            {names::kTrieCache, reinterpret_cast<void *>(trie_cache), original_trie_cache.slot()},
+            {names::kVerify, reinterpret_cast<void *>(verify), original_verify.slot()}};
 }
 
 } // namespace sagec::tm

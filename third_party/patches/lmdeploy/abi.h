@@ -198,6 +198,7 @@ inline constexpr char kSequenceManager[] =
     SAGEC_SM "C1EmRKNS0_11BlockConfigEdibiiNS_4core9AllocatorESt8functionIFmvEE";
 // BlockManager
 inline constexpr char kEvict[] = SAGEC_BM "5EvictEi";
+inline constexpr char kVerify[] = SAGEC_BM "6VerifyERKSt6vectorIiSaIiEERKS1_ImSaImEE";
 inline constexpr char kAllocate[] = SAGEC_BM "8AllocateEi";
 inline constexpr char kTakeSnapshot[] = SAGEC_BM "12TakeSnapshotEv";
 // BlockTrie
