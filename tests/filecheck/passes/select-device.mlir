@@ -200,6 +200,10 @@ pd.graph @a_link_is_shared {
 // CHECK-LABEL: pd.graph @who_was_swapped_out_returns
 // CHECK: pd.prefill %{{.*}} on [@d0, @p0]
 // CHECK: pd.decode %{{.*}} on @d0
+// And a prompt that has begun there goes on there: an engine may have found less than was thought.
+// CHECK-LABEL: pd.graph @who_has_begun_there_goes_on
+// CHECK: pd.prefill %{{.*}} on [@d0, @p0]
+// CHECK: pd.decode %{{.*}} on @d0
 
 cluster.model @m {layers = 32, hidden = 4096, heads = 32, kv_heads = 8, head_dim = 128, ffn = 14336, vocab = 128000}
 cluster.device @g0 {flops_per_s = 9.9e14, bytes_per_s = 4.8e12}
@@ -228,6 +232,12 @@ pd.graph @who_was_swapped_out_returns {
   %new = pd.requests ["a": prompt 3000 generate 10, "b": prompt 3000 generate 10]
   %hit = kv.match %new on @d0 ["a": tokens 2999, "b": tokens 2048]
   %kv = pd.prefill %hit
+  %end = pd.decode %kv
+  pd.yield %end
+}
+pd.graph @who_has_begun_there_goes_on {
+  %new = pd.requests ["a": prompt 3000 generate 10 computed 2048 on @d0, "b": prompt 3000 generate 10]
+  %kv = pd.prefill %new
   %end = pd.decode %kv
   pd.yield %end
 }
