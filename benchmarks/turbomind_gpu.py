@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -395,24 +395,24 @@ class Runs:
     """Answers by side, or by chunk size where sagec plans.
 
     again: stock's first run of the mixed load once more. alone: stock's answer to what `handed`
-    moved from one instance to the other.
+    moved from one instance to the other, or why it did not: the other figures are not lost by it.
     """
 
     bursts: dict[str, list[Answer]]
     loads: dict[str, list[Answer]]
     again: Answer
     alone: Answer
-    handed: Answer
+    handed: Answer | SideError
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All that was measured."""
+    """All that was measured; hand_over may be why it was not."""
 
     parity: list[Parity]
     speed: list[Speed]
     latency: list[Latency]
-    hand_over: HandOver
+    hand_over: HandOver | str
     conformance: list[SideConformance]
 
 
@@ -428,11 +428,18 @@ def serve_all(setups: Mapping[str, Setup], sizes: Sizes, turns: int) -> Runs:
         loads = say("latency", mixed_load, sides, sizes, turns)
         again = sides["stock"].serve([ask for part in mixed(sizes) for ask in part])
         alone = sides["stock"].serve(moved)
-    with ExitStack() as stack:
-        pair = say("starting a pair", SideProcess, setups["pair"])
-        stack.callback(pair.close)
-        handed = say("hand-over", pair.serve, moved, strategy="fifo", chunk=sizes.chunks[-1])
-    return Runs(bursts, loads, again, alone, handed)
+    return Runs(bursts, loads, again, alone, handed_over(setups["pair"], moved, sizes.chunks[-1]))
+
+
+def handed_over(setup: Setup, asks: Sequence[Ask], chunk: int) -> Answer | SideError:
+    """What a pair makes of these, or why it made nothing of them."""
+    try:
+        with closing(say("starting a pair", SideProcess, setup)) as pair:
+            served: Answer = say("hand-over", pair.serve, asks, strategy="fifo", chunk=chunk)
+            return served
+    except SideError as error:
+        print(f"turbomind_gpu.py: {error}", file=sys.stderr)
+        return error
 
 
 def figures_of(runs: Runs, sizes: Sizes) -> Figures:
@@ -440,13 +447,17 @@ def figures_of(runs: Runs, sizes: Sizes) -> Figures:
     short, late = mixed(sizes)
     others = {name: answers[0] for name, answers in runs.loads.items() if name != "stock"}
     chunked = {name: answers for name, answers in runs.loads.items() if name.startswith("chunk")}
-    planned = {**chunked, "all at once": runs.bursts["planned"], "pair": [runs.handed]}
+    planned = {**chunked, "all at once": runs.bursts["planned"]}
+    moved: HandOver | str = str(runs.handed)
+    if isinstance(runs.handed, Answer):
+        planned["pair"] = [runs.handed]
+        moved = hand_over(runs.handed, runs.alone)
     first = runs.loads["stock"][0]
     return Figures(
         parity=[parity(n, a, first) for n, a in {"stock again": runs.again, **others}.items()],
         speed=speeds(runs.bursts),
         latency=[latency(n, a, short + late, len(short)) for n, a in runs.loads.items()],
-        hand_over=hand_over(runs.handed, runs.alone),
+        hand_over=moved,
         conformance=[conformance(name, answers) for name, answers in planned.items()],
     )
 
@@ -506,7 +517,9 @@ def markdown(where: Mapping[str, Any], figures: Figures) -> str:
         "## Latency, long prompts while others decode",
         table(Latency, figures.latency),
         "## Hand-over, two instances on one card",
-        table(HandOver, [figures.hand_over]),
+        figures.hand_over
+        if isinstance(figures.hand_over, str)
+        else table(HandOver, [figures.hand_over]),
         "## Conformance",
         table(SideConformance, figures.conformance),
     ]

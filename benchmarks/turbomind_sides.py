@@ -160,6 +160,8 @@ class Lmdeploy:
         async for output in stream:
             tokens += output.token_ids
             times += [now_us() - begin_us] * len(output.token_ids)
+        if len(tokens) != ask.generate:
+            raise EngineError(f"{len(tokens)} tokens came of {ask.generate} that were asked for")
         return tokens, times
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 A build's name holds a hash of all that it was made of: sources, the headers beside them, flags, the
 compiler. So nothing stale is ever found, two processes may build at once, and building a second
 time is a look at the folder. Where there is no compiler, a build of the same sources that lies
-there already will do.
+there already will do. Behind each file lies its checksum, which loaders and linkers pass over: one
+that was cut or damaged, which would end the process that loads it, is built again.
 """
 
 import contextlib
@@ -25,6 +26,10 @@ CPP = (".cc", ".cpp")
 
 _BESIDE = (".h", ".map")
 """What lies beside a source and is part of it: headers and version scripts."""
+
+
+_SCRATCH = "building-"
+"""How the folders begin in which compilers write."""
 
 
 class Unbuilt(RuntimeError):
@@ -65,7 +70,7 @@ class Recipe:
         compiler = self.compiler()
         ending = "*" if compiler is None else _hash(_version(compiler))[:8]
         found = sorted(cache_folder().glob(f"{self.name}-{self._made_of}-{ending}.so"))
-        return found[-1] if found else None
+        return next(filter(_is_whole, reversed(found)), None)
 
     def compiler(self) -> str | None:
         """Path of the compiler, None where there is none."""
@@ -102,18 +107,24 @@ class Recipe:
             with _locked(folder):
                 if (found := self.built()) is not None:  # another process was faster
                     return found
+                for left in folder.glob(f"**/{_SCRATCH}*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 with futures.ThreadPoolExecutor(os.cpu_count()) as several:
                     objects = [*several.map(partial(self._object, compiler), self.sources)]
                 command = [compiler, "-shared", *self.flags, *map(str, objects), "-lm"]
                 return _make(command, folder / f"{stem}.so")
         except OSError as error:
-            raise Unbuilt(f"{folder}: {error.strerror}") from None
+            is_file = isinstance(error, FileExistsError | NotADirectoryError)
+            why = "it is no folder" if is_file else error.strerror
+            raise Unbuilt(
+                f"{folder} cannot keep what is built: {why}; SAGEC_CACHE names another folder"
+            ) from None
 
     def _object(self, compiler: str, source: Path) -> Path:
         """The source compiled; kept too, so that a change of another one does not compile it."""
         told = (source.name, source.read_bytes(), self._beside, self.flags, _version(compiler))
         path = cache_folder() / "objects" / f"{source.stem}-{_hash(*told)[:20]}.o"
-        if path.exists():
+        if _is_whole(path):
             return path
         path.parent.mkdir(exist_ok=True)
         includes = [f"-I{include}" for include in self.includes]
@@ -156,15 +167,28 @@ def _make(command: Sequence[str], path: Path) -> Path:
     Raises Unbuilt, with the first error that it names.
     """
     log = path.with_suffix(".log")
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_SCRATCH) as scratch:
         fresh = Path(scratch) / path.name
         whole = [*command, "-o", str(fresh)]
         done = subprocess.run(whole, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             log.unlink(missing_ok=True)
+            content = fresh.read_bytes()
+            with fresh.open("ab") as file:
+                file.write(hashlib.sha256(content).digest())
             return fresh.replace(path)
     log.write_text(f"{' '.join(whole)}\n{done.stderr}", encoding="utf-8")
     raise Unbuilt(f"{command[0]} failed: {_first_error(done.stderr)} (all that it said: {log})")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there as `_make` left it, with its checksum at its end."""
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _first_error(text: str) -> str:

@@ -669,9 +669,13 @@ class Loop:
             self._instance_failed(index, event.error)
             return
         serving = self._serving.get(event.request_id)
-        if serving is None or self._table.phase[serving.row] == WAITING:
+        if serving is None:
             return
-        if self._table.instance[serving.row] == index:
+        if self._table.phase[serving.row] == WAITING:
+            if serving.known_on == index:  # it failed a plan from before it was preempted there
+                serving.known_on = None
+                self._go_on_waiting(serving)
+        elif self._table.instance[serving.row] == index:
             serving.known_on = None
             self._try_again(serving, index, event.error)
 

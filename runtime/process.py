@@ -228,8 +228,13 @@ class ProcessEngine:
             self._process.kill()
 
     def close(self) -> None:
-        """Ask the child to end; where it does not within CLOSE_S, tell it by signals."""
-        if self._process.poll() is None:
+        """Ask the child to end; where it does not within CLOSE_S, tell it by signals.
+
+        One that is not up has nothing to give back, and hears nobody: it ends at once.
+        """
+        if self._capability is None:
+            self._process.kill()
+        elif self._process.poll() is None:
             self._command(_CloseFrame())
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)

@@ -279,6 +279,10 @@ class Driven:
         """NCCL's calls in this process, by collective."""
         return self._native.collectives()
 
+    def time_collectives(self, every: int) -> None:
+        """Time one of so many of them; 0: none."""
+        self._native.time_collectives(every)
+
     def _read(self, timeout_us: int) -> None:
         if self.number:
             self._events += self.native.read(timeout_us)

@@ -491,6 +491,15 @@ def kv_of_other_tokens_is_not_used() -> None:
         assert [event.why for event in b.of(NotImported)] == [abi.OTHER_TOKENS]
 
 
+def kv_in_blocks_of_another_size_is_not_used() -> None:
+    def of_15_tokens(blob: bytes) -> bytes:
+        return signed(blob[:40] + struct.pack("<i", 15) + blob[44:])
+
+    with driven() as a, driven() as b:
+        exact(handed_over(a, b, text(70, seed=3), 6, of_15_tokens))
+        assert [event.why for event in b.of(NotImported)] == [abi.OTHER_BLOCKS]
+
+
 def kv_that_comes_late_is_not_used() -> None:
     with driven() as a, driven() as b:
         blob, first = a.prefill(text(70, seed=3))
@@ -538,6 +547,21 @@ def ranks_take_the_same_steps(chunk: int) -> None:
         exact(*sessions)
         assert one.trace(rank=0) == one.trace(rank=1)
         assert one.collectives["all_reduce"]["calls"] > before
+
+
+def a_collective_is_timed_until_its_group_ends() -> None:
+    with driven(tp=2, kv_blocks=24, max_batch=8) as one:
+        one.time_collectives(1)
+        before = one.collectives["all_reduce"]
+        session = one.submit(text(20, seed=1), 9)
+        one.serve(whole)
+        exact(session)
+        one.time_collectives(0)
+        after = one.collectives["all_reduce"]
+        spent = {name: after[name] - before[name] for name in after}
+        assert 0 < spent["timed_calls"] == spent["calls"]
+        # the host's stand-in meets the other rank when the group ends, and the events enclose that
+        assert spent["device_us"] + 1 >= spent["enqueue_ns"] // 1000 > 0
 
 
 # ---- plans
@@ -603,6 +627,52 @@ def a_newer_plan_takes_over_in_the_middle() -> None:
         exact(*one.finish([first, second]))
         assert [event.plan for event in one.of(PlanEnded)][:2] == [1, 2]
         assert [step.plan for step in one.steps] == sorted(step.plan for step in one.steps)
+        as_traced(one)
+
+
+def who_decodes_and_finds_no_room_waits_for_the_others() -> None:
+    """And is not planned meanwhile; nobody's KV is taken for it."""
+    with driven(decider=abi.PLANS, kv_blocks=8) as one:
+        first, second = one.expect(text(47, seed=1), 12), one.expect(text(63, seed=2), 9)
+        for session in (first, second):
+            one.start(session)
+        one.native.post_plan(plan(1, [first, second], 64))
+        exact(*one.finish([first, second]))
+        turns = [sorted(row.session for row in step.rows) for step in one.steps]
+        waited = turns.index([first.id, second.id], 2) + 1
+        assert turns[waited] == [first.id] and turns[-1] == [second.id]
+        assert one.counters["missed_rows"] == one.counters["preemptions"] == 0
+        as_traced(one)
+
+
+def where_nobody_finds_room_one_takes_it_from_another() -> None:
+    with driven(decider=abi.PLANS, kv_blocks=8) as one:
+        first, second = (one.expect(text(62, seed=seed), 9) for seed in (1, 2))
+        for session in (first, second):
+            one.start(session)
+        one.native.post_plan(plan(1, [first, second], 64))
+        one.finish([first])
+        (lost,) = one.of(LostKV)
+        assert lost.session == second.id
+        one.native.post_plan(plan(2, [second], 64, chunk_begin=np.array([lost.after])))
+        exact(*one.finish([first, second]))
+        assert one.counters["missed_rows"] == 0
+        as_traced(one)
+
+
+def tokens_that_were_thought_cached_are_no_deviation() -> None:
+    """Beyond the engine's budget they, or as many others, are left to a newer plan."""
+    with driven(decider=abi.PLANS, step_tokens=64) as one:
+        session = one.expect(text(100, seed=1), 5)
+        one.start(session)
+        hopeful = {"chunk_begin": np.array([48]), "reused_tokens": np.array([48])}
+        one.native.post_plan(plan(1, [session], 100, **hopeful))
+        one.wait_for(lambda: len(one.steps) == 1)
+        (row,) = one.steps[0].rows
+        assert (row.begin, row.end, row.planned_end) == (0, 64, 64)
+        one.native.post_plan(plan(2, [session], 100, chunk_begin=np.array([64])))
+        exact(*one.finish([session]))
+        assert one.counters["missed_rows"] == 0
         as_traced(one)
 
 

@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         parser.exit()
     if program:
-        args.program += program
+        args.program = [*args.program, *program]
     return args
 
 

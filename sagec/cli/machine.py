@@ -41,7 +41,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 def findings() -> list[Finding]:
     """Everything that the doctor looks at, in the order in which it is told."""
-    return [*_system(), *_packages(), *_tools(), *_devices(), *_engines(), _patches()]
+    patches = _patches()
+    return [*_system(), *_packages(), *_tools(), *_devices(), *_engines(patches), patches]
 
 
 def _system() -> list[Finding]:
@@ -127,20 +128,22 @@ def _devices() -> list[Finding]:
     return [Finding(group="tools", name="gpu", here=True, detail="; ".join(names))]
 
 
-def _engines() -> list[Finding]:
-    """Each engine, with what its files import that is not installed."""
+def _engines(patches: Finding) -> list[Finding]:
+    """Each engine, with what its files import that is not installed; patches: TurboMind's."""
     from sagec.runtime import engines
 
     found = []
     extras = {text.partition("extra ==")[2].strip(" \"'") for text in _requirements()}
     for name in engines.known():
         missing = sorted(_missing_imports(Path(engines.__path__[0]), name))
+        patched = patches.here or not patches.name.startswith(name)
+        usable = "usable" if patched else "not usable without its patches"
         found.append(
             Finding(
                 group="engines",
                 name=name,
-                here=not missing,
-                detail=f"needs {', '.join(missing)}" if missing else "usable",
+                here=patched and not missing,
+                detail=f"needs {', '.join(missing)}" if missing else usable,
                 remedy=_remedy(name, missing, extras),
             )
         )
@@ -162,8 +165,14 @@ def _patches() -> Finding:
     from sagec.cli import patches
 
     told = patches.status()
-    detail = told["refusal"] or told["patches"] or "not built yet: the first engine builds them"
-    return Finding(group="engines", name="turbomind's patches", here=told["known"], detail=detail)
+    can_build = told["compiler"] is not None
+    later = "the first engine builds them" if can_build else "no C++ compiler builds them"
+    return Finding(
+        group="engines",
+        name="turbomind's patches",
+        here=told["known"] and (told["patches"] is not None or can_build),
+        detail=told["refusal"] or told["patches"] or f"not built yet: {later}",
+    )
 
 
 def _missing_imports(folder: Path, engine: str) -> set[str]:

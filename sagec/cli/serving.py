@@ -21,7 +21,7 @@ from sagec.planner import put_on
 from sagec.runtime import engines, process
 from sagec.runtime.clock import WallClock
 from sagec.runtime.conformance import Conformance
-from sagec.runtime.engines import Engine, InstanceSpec
+from sagec.runtime.engines import Engine, EngineError, InstanceSpec
 from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Finished, Instance, Output, Planned, Token
 from sagec.runtime.recording import Recorder
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         executor = stack.enter_context(
             ExecutorAPI(running, known, watch=watch, restart=lambda name: make[name]())
         )
+        check_layouts(known)
         recorder = None
         if args.record:
             recorder = stack.enter_context(_recorder(args, strategy, planner, known))
@@ -199,6 +200,24 @@ def as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
         pool=instance.pool,
         switch_us=instance.switch_us,
     )
+
+
+def check_layouts(known: Sequence[Instance]) -> None:
+    """Raise EngineError where nobody who decodes a model can take the KV of who prefills it."""
+    for source in known:
+        layouts = {
+            each.id: each.capability.kv_layout
+            for each in known
+            if each.role != "prefill" and each.model == source.model
+        }
+        if source.role != "prefill" or not layouts:
+            continue
+        if source.capability.kv_layout not in layouts.values():
+            others = ", ".join(repr(name) for name in layouts)
+            raise EngineError(
+                f"instance {source.id!r}: KV of another layout than that of {others}; both need "
+                "one engine, model, precision, block_tokens and tp"
+            )
 
 
 def _recorder(

@@ -37,6 +37,7 @@ from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create
 from tests.direct_planner import DirectPlanner
 from tests.echo_cluster import ONE, SPLIT, WIDE, Served, requests, serve, spec
+from tests.turbomind_here import needs_turbomind
 from tests.unit.test_executor import run_plan
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny"
@@ -70,13 +71,13 @@ class Cluster:
             os.kill(self.engines[name].pid, signal.SIGKILL)
         return alive
 
-    def serve(self, asked: Sequence[Request], watch=(), **options) -> Served:
+    def serve(self, asked: Sequence[Request], watch=(), planner=None, **options) -> Served:
         """Serve; then the processes that live have their books in order."""
         api = ExecutorAPI(
             self.engines, self.instances, watch=watch, restart=self._restart, **options
         )
         self.engines = api.engines
-        served = Served().take(api.serve(asked, create("fifo"), DirectPlanner()))
+        served = Served().take(api.serve(asked, create("fifo"), planner or DirectPlanner()))
         for engine in self.engines.values():
             try:
                 engine.check_integrity()
@@ -158,8 +159,20 @@ def tiny(name: str) -> InstanceSpec:
     )
 
 
-def serve_tiny(moments: Mapping[str, int], seed: int = 0) -> None:
-    """A run on the small model in which each of these instances is killed at its moment."""
+def toy(name: str) -> InstanceSpec:
+    options = {"maths": "toy", "channel": "shared-memory"}
+    return InstanceSpec(
+        id=name, engine="turbomind", model="", kv_blocks=48, block_tokens=16, options=options
+    )
+
+
+SMALL = [pytest.param(tiny, id="torch"), pytest.param(toy, id="turbomind", marks=needs_turbomind)]
+
+
+def serve_small(
+    make_spec: Callable[[str], InstanceSpec], moments: Mapping[str, int], seed: int = 0
+) -> None:
+    """A run on a small model in which each of these instances is killed at its moment."""
     pytest.importorskip("torch")
     draw = random.Random(seed)
     asked = [
@@ -170,10 +183,11 @@ def serve_tiny(moments: Mapping[str, int], seed: int = 0) -> None:
         )
         for n in range(4)
     ]
-    with Cluster(SPLIT, tiny) as cluster:
-        undisturbed = cluster.serve(asked)
+    one_unfinished_at_a_time = DirectPlanner(chunk_tokens=32, step_tokens=32)  # as TurboMind has it
+    with Cluster(SPLIT, make_spec) as cluster:
+        undisturbed = cluster.serve(asked, planner=one_unfinished_at_a_time)
         watch = [KillAt(cluster, name, moment) for name, moment in moments.items()]
-        disturbed = cluster.serve(asked, watch)
+        disturbed = cluster.serve(asked, watch, planner=one_unfinished_at_a_time)
         assert all(killer.count >= killer.moment for killer in watch)
         assert disturbed.tokens == undisturbed.tokens
         assert cluster.segments() == []
@@ -183,16 +197,18 @@ def serve_tiny(moments: Mapping[str, int], seed: int = 0) -> None:
     }
 
 
+@pytest.mark.parametrize("make_spec", SMALL)
 @pytest.mark.parametrize("moments", [{"p0": 7, "d0": 7}], ids=str)
-def test_a_killed_torch_process_changes_no_token_and_leaves_no_kv_in_shared_memory(moments):
-    serve_tiny(moments)
+def test_a_killed_process_changes_no_token_and_leaves_no_kv_in_shared_memory(make_spec, moments):
+    serve_small(make_spec, moments)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make_spec", SMALL)
 @pytest.mark.parametrize("seed", range(4))
-def test_torch_processes_killed_at_random_change_no_token(seed):
+def test_processes_of_a_model_killed_at_random_change_no_token(make_spec, seed):
     draw = random.Random(f"torch {seed}")
-    serve_tiny({"p0": draw.randrange(1, 12), "d0": draw.randrange(1, 30)}, seed)
+    serve_small(make_spec, {"p0": draw.randrange(1, 12), "d0": draw.randrange(1, 30)}, seed)
 
 
 def test_kv_that_a_killed_process_told_nobody_of_is_freed_and_what_is_on_its_way_is_not():

@@ -95,6 +95,12 @@ def test_a_child_that_is_killed_before_it_is_up_is_named():
     engine.close()
 
 
+def test_a_child_that_is_not_up_yet_ends_at_once_when_it_is_closed():
+    engine = ProcessEngine(spec("x0"))
+    engine.close()
+    assert engine._process.returncode == -signal.SIGKILL
+
+
 def test_a_dead_child_takes_commands_without_an_error():
     engine = ProcessEngine(spec("x0"))
     engine.capability()

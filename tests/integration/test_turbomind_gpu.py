@@ -138,6 +138,34 @@ def test_a_side_that_cannot_be_made_says_why(gpu: ModuleType, tmp_path: Path) ->
         gpu.SideProcess(setup)
 
 
+def test_without_a_hand_over_the_other_figures_are_there(gpu: ModuleType) -> None:
+    short, late = gpu.mixed(gpu.TOY)
+    burst, load = answer(gpu, [[1, 2]]), answer(gpu, [[1, 2]] * len(short + late))
+    names = ("stock", "patched", "planned")
+    why = gpu.SideError("pair: /dev/shm: no segment of 9 bytes for KV")
+    runs = gpu.Runs(
+        bursts={name: [burst] for name in names},
+        loads={"stock": [load], "chunk 64": [load]},
+        again=load,
+        alone=burst,
+        handed=why,
+    )
+    figures = gpu.figures_of(runs, gpu.TOY)
+    assert [side.side for side in figures.conformance] == ["chunk 64", "all at once"]
+    text = gpu.markdown({**gpu.tables.machine(), "maths": "model"}, figures)
+    assert f"one card\n\n{why}\n\n## Conformance" in text
+
+
+@needs_turbomind
+def test_a_pair_that_cannot_be_made_is_told(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = gpu.setups_of(tmp_path / "nowhere", gpu.TOY, "toy")["pair"]
+    why = gpu.handed_over(setup, [], 64)
+    assert isinstance(why, gpu.SideError)
+    assert f"turbomind_gpu.py: {why}" in capsys.readouterr().err
+
+
 @needs_turbomind
 @pytest.mark.slow
 def test_all_of_it_runs_with_toy_maths(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sagec.cli import arguments, failure, main, writing
+from sagec.cli import arguments, failure, main, serving, writing
+from sagec.runtime.engines import Capability, EngineError
+from sagec.runtime.loop import Instance
 
 GRAPH = """\
 pd.graph @g {
@@ -451,3 +453,24 @@ def test_spans_that_find_no_room_are_dropped_and_serving_goes_on(capsys: Capture
 def test_an_empty_name_is_no_name(option: str, capsys: Captured) -> None:
     assert main(["run", "examples/tour.sage", option, ""]) == 2
     assert capsys.readouterr().err.startswith("sagec: error: ")
+
+
+def placed(name: str, role: str, kv_layout: str, model: str = "m") -> Instance:
+    capability = Capability(
+        kv_blocks=8,
+        block_tokens=16,
+        kv_layout=kv_layout,
+        kv_bytes_per_token=4,
+        max_context_tokens=128,
+        eos_tokens=(),
+    )
+    return Instance(id=name, role=role, engine="echo", capability=capability, model=model)
+
+
+def test_kv_that_nobody_could_take_is_refused_before_anything_is_served() -> None:
+    p0, d0 = placed("p0", "prefill", "a"), placed("d0", "decode", "b")
+    with pytest.raises(EngineError, match="'p0': KV of another layout than that of 'd0'; both"):
+        serving.check_layouts([p0, d0, placed("d1", "decode", "a", model="another")])
+    serving.check_layouts([p0, d0, placed("i0", "both", "a")])
+    serving.check_layouts([p0])
+    serving.check_layouts([d0, placed("i0", "both", "a")])

@@ -15,6 +15,7 @@ from sagec.runtime.engines import (
     KVExported,
     KVImported,
     PlanDone,
+    Preempted,
     StepReport,
 )
 from sagec.runtime.engines.echo import Echo
@@ -630,6 +631,21 @@ def test_a_failure_of_a_request_that_waits_or_has_ended_changes_nothing():
     for name in ("a", "nobody"):
         assert driven.send(Failed(instance=other, request_id=name, error="late")) == [Wait(None)]
     assert driven.send(report(submit.instance, tokens=(("a", 0, 7),)), kind=Token) != []
+
+
+@pytest.mark.parametrize("kept_tokens", [0, 3])
+def test_a_request_that_fails_where_it_was_preempted_is_sent_there_anew(kept_tokens):
+    """The plan that failed it was made before the loop heard of the preemption."""
+    preempted = Preempted(instance="x0", request_id="a", kept_tokens=kept_tokens)
+    failed = Failed(instance="x0", request_id="a", error="chunk [8, 14) leaves a gap")
+    sent = []
+    for events in ([preempted], [preempted, failed]):
+        driven = Driven()
+        driven.send(Arrived(REQUEST))
+        (submit,) = driven.send(*events, kind=Submit)
+        assert submit.plan.request_ids == ("a",)
+        sent.append(submit.requests)
+    assert sent == [(), (REQUEST,)]
 
 
 def test_a_stranger_to_the_loop_among_a_plans_rows_is_passed_over():

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from sagec.runtime.engines import EngineError, InstanceSpec
 from sagec.runtime.engines.turbomind import patching, wheel
+from sagec.runtime.engines.turbomind.opening import open_instance
+from sagec.runtime.engines.turbomind.options import Options
 from sagec.third_party.lmdeploy import check_wheel
 
 INSTALLED = importlib.util.find_spec("lmdeploy") is not None
@@ -127,6 +130,19 @@ def test_a_library_is_hashed_again_when_it_changes(
     assert wheel.remembered_hash_of(library) == wheel.hash_of(library) != first
 
 
+@pytest.mark.parametrize("damaged", ["", "ab12", "x" * 64])
+def test_a_remembered_checksum_that_is_none_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    monkeypatch.setenv("SAGEC_CACHE", str(tmp_path / "cache"))
+    library = tmp_path / "library.so"
+    library.write_bytes(b"one")
+    wheel.remembered_hash_of(library)
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(damaged)
+    assert wheel.remembered_hash_of(library) == wheel.hash_of(library) == kept.read_text()
+
+
 @needs_lmdeploy
 def test_status_knows_the_installed_wheel() -> None:
     found = shown("status")
@@ -214,6 +230,15 @@ def test_a_module_is_run_as_python_does(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "__main__ ['a']\n")
 
 
+@pytest.mark.parametrize("way", [["main.py"], ["-m", "main"]])
+def test_a_program_finds_what_lies_beside_it(tmp_path: Path, way: list[str]) -> None:
+    (tmp_path / "beside.py").write_text("NAME = 'found'")
+    (tmp_path / "main.py").write_text("import beside; print(beside.NAME)")
+    command = [sys.executable, "-m", "sagec.cli", "patch", "apply", "--", *way]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+
+
 def test_a_console_script_is_run_by_its_name() -> None:
     done = sagec("patch", "apply", "--", "sagec", "--version")
     assert done.returncode == 0
@@ -236,6 +261,8 @@ def test_a_program_that_fails_says_so_itself(tmp_path: Path) -> None:
     [
         (["no-such-program"], "no program 'no-such-program'"),
         (["-m"], "-m wants the name of a module"),
+        (["-m", "no.such.module"], "no module named 'no.such.module'"),
+        (["-m", ""], "no module named ''"),
         (["/bin/true"], "/bin/true is no Python program"),
     ],
 )
@@ -247,7 +274,7 @@ def test_what_cannot_be_run_is_refused(program: list[str], said: str) -> None:
     "argv, said",
     [
         (["patch", "aply"], "no action 'aply'; did you mean 'apply'?"),
-        (["patch"], "ACTION"),
+        (["patch"], "are required: ACTION ("),
         (["patch", "build", "x"], "'x' is one argument too many for build"),
         (["patch", "apply", "--json", "--", "x.py"], "--json is for what sagec prints"),
     ],
@@ -359,6 +386,15 @@ def test_without_a_gpu_the_remedy_is_the_toy() -> None:
 
 
 @needs_lmdeploy
+@pytest.mark.skipif(patching.has_driver(), reason="there is an NVIDIA driver here")
+def test_an_instance_without_a_gpu_is_refused_before_anything_is_loaded() -> None:
+    spec = InstanceSpec(id="i0", engine="turbomind", model="", kv_blocks=4, block_tokens=64)
+    with pytest.raises(EngineError, match=r"^instance 'i0': no CUDA GPU here; option maths"):
+        open_instance(spec, Options())
+    assert patching.patched() is None
+
+
+@needs_lmdeploy
 def test_another_turbomind_than_the_one_checked_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -367,6 +403,21 @@ def test_another_turbomind_than_the_one_checked_is_refused(
     monkeypatch.setitem(sys.modules, "_turbomind", other)
     with pytest.raises(patching.PatchError, match="is loaded, and not the"):
         patching.import_turbomind(wheel.find())
+
+
+@needs_lmdeploy
+def test_the_doctor_calls_turbomind_usable_only_where_it_can_be_patched(tmp_path: Path) -> None:
+    def turbomind(**environment: str) -> list[dict[str, object]]:
+        found = json.loads(sagec("doctor", "--json", **environment).stdout)
+        return [each for each in found if each["name"].startswith("turbomind")]
+
+    assert [each["here"] for each in turbomind()] == [True, True]
+    for engine, patches in (
+        turbomind(**other_lmdeploy(tmp_path, "0.12.1", "something")),
+        turbomind(SAGEC_CACHE=str(tmp_path / "empty"), CXX="no-such-compiler"),
+    ):
+        assert (engine["here"], patches["here"]) == (False, False)
+        assert engine["detail"] == "not usable without its patches"
 
 
 def test_help_tells_the_actions_and_shows_examples() -> None:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sagec.runtime.engines import EngineError, InstanceSpec
-from sagec.runtime.engines.turbomind.loading import load
+from sagec.runtime.engines.turbomind.loading import load, misread_rope
 from sagec.runtime.engines.turbomind.options import read_options
 from sagec.runtime.engines.turbomind.toy.reference import generate, next_token
 from tests.stock_turbomind import BFLOAT16, FLOAT16, FLOAT32, INT32
@@ -266,11 +267,12 @@ def test_ranks_that_call_different_collectives_all_fail(stock: Stock) -> None:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"options": {"maths": "toys"}}, r"options: .*maths"),
+        ({"options": {"maths": "toys"}}, "maths 'toys'; model or toy is wanted"),
         ({"options": {"colour": "red"}}, "turbomind has no option 'colour'; it has maths, tp, "),
-        ({"options": {"tp": "two"}}, r"options: .*tp"),
+        ({"options": {"tp": "two"}}, "tp 'two'; a whole number is wanted"),
         ({"options": {"tp": "0"}}, "tp 0; 1 at least"),
         ({"options": {"deadline_us": "0"}}, "deadline_us 0; 1 at least"),
+        ({"options": {"deadline_us": "9" * 20}}, "deadline_us 9{20}; 2147483647 at most"),
         ({"options": {"devices": "0,x"}}, "devices '0,x'; numbers, as in '0,1'"),
         ({"options": {"devices": "0,1"}}, "devices '0,1' for tp 1; one device for each rank"),
         ({"options": {"tp": "2", "devices": "1,1"}}, "devices '1,1' for tp 2; one device"),
@@ -335,6 +337,33 @@ def test_without_a_gpu_the_toy_is_recommended() -> None:
     real = spec(model=str(ROOT / "examples" / "models" / "tiny"), options={})
     with pytest.raises(EngineError, match="no CUDA GPU here; option maths=toy runs TurboMind's"):
         load(real, read_options(real))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "theta", "misread"),
+    [
+        ({}, "default", 1e4, ""),
+        ({"rope_theta": 5e5}, "default", 5e5, ""),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, "llama3", 5e5, ""),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "default", 5e5, ""),
+        ({"rope_theta": 5e5}, "default", 1e4, "rope_theta 500000, and 10000 was read"),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}},
+            "default",
+            1e4,
+            "rope_theta 500000, and 10000 was read",
+        ),
+        ({"rope_scaling": LLAMA3}, "default", 1e4, "rope_type llama3, and none was read"),
+        ({"rope_scaling": {"type": "yarn"}}, "default", 1e4, "rope_type yarn, and none was read"),
+    ],
+)
+def test_a_rotary_embedding_that_lmdeploy_misreads_is_found(
+    config: dict[str, Any], kind: str, theta: float, misread: str
+) -> None:
+    assert misread_rope(config, SimpleNamespace(type=kind, base=theta)) == misread
 
 
 def test_a_model_is_needed_but_by_the_toy() -> None:

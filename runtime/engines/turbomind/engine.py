@@ -294,10 +294,13 @@ class TurboMindEngine:
         return any(id not in rows and id not in gone for id in running.awaited_ids)
 
     def _is_exporting(self, running: Running) -> bool:
-        """Whether a session is about to end whose KV goes to another instance."""
+        """Whether a session is about to end whose KV goes to another instance.
+
+        Its KV is told of before the step that computed the last of it.
+        """
         rows = self._residents.rows
         return any(
-            row is not None and row.live is not None and row.decodes
+            row is not None and row.live is not None and (row.decodes or row.kept is not None)
             for row in map(rows.get, running.exports)
         )
 
@@ -358,7 +361,7 @@ class TurboMindEngine:
 
     def _session_ended(self, row: Row, session: Session) -> None:
         """A session is over that nobody told to end."""
-        if not self._residents.is_here(row):
+        if row.gone:
             return
         if session.status is not SessionStatus.FINISHED:
             self._fail(row.id, f"TurboMind ended it: {session.status.name}")
@@ -370,15 +373,14 @@ class TurboMindEngine:
         exports = running.exports if running is not None else {}
         settled, leaving = Settlement(), []
         for part in step.rows:
-            row = residents.of_session(part.session)
-            if part.end > part.begin and not part.finished:
+            if not part.begin and part.end and not part.finished:  # its first tokens
                 residents.hold(part.session)
-            if row is None or not residents.is_here(row):
+            if (row := residents.here(part.session)) is None:
                 continue
             if settled.settle(row, part, exports) is not None:
                 self._gone[row.id] = self._num_plans
                 residents.drop(row)
-            elif row.id in exports and (row.kept is not None or not part.finished):
+            elif exports and row.id in exports and (row.kept is not None or not part.finished):
                 leaving.append(row)
         if running is not None and step.plan == running.number:
             running.step = step.plan_step
@@ -393,7 +395,7 @@ class TurboMindEngine:
 
     def _lost_kv(self, event: native.LostKV) -> None:
         """TurboMind took a row's blocks for others: whoever plans is to compute it again."""
-        if row := self._here(event.session):
+        if row := self._residents.here(event.session):
             row.computed = event.after
             if row.live is not None:
                 self._preempt_row(row, keeps_kv=False)
@@ -403,7 +405,7 @@ class TurboMindEngine:
 
     def _matched(self, event: native.Matched) -> None:
         self._residents.hold(event.session)
-        row = self._here(event.session)
+        row = self._residents.here(event.session)
         if row is None:
             return
         row.computed = row.reused = event.tokens
@@ -418,14 +420,14 @@ class TurboMindEngine:
         self._published.evict(event.uids)
 
     def _exported(self, event: native.Exported) -> None:
-        if row := self._here(event.session):
+        if row := self._residents.here(event.session):
             row.kept = event
         else:
             self._native.forget(event.session)
 
     def _imported(self, event: native.Imported) -> None:
         self._residents.hold(event.session)
-        row = self._here(event.session)
+        row = self._residents.here(event.session)
         if row is None or row.arrived is None:
             return
         self._tell(
@@ -442,16 +444,11 @@ class TurboMindEngine:
 
     def _not_imported(self, event: native.NotImported) -> None:
         """Its KV is to be computed again, unless only room was wanting: that may come yet."""
-        row = self._here(event.session)
+        row = self._residents.here(event.session)
         if row is not None and event.why != abi.NO_ROOM:
             row.computed = 0
             if row.arrived is not None:
                 self._fail(row.id, f"KV from {row.arrived.source!r} {_WHY_NOT[event.why]}")
-
-    def _here(self, session: int) -> Row | None:
-        """The row of a session, if it is not done or gone."""
-        row = self._residents.of_session(session)
-        return row if row is not None and self._residents.is_here(row) else None
 
     def _export(self, row: Row, peer: str) -> None:
         """Send the row away once its first token is sampled and its KV is whole."""

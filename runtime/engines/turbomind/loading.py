@@ -119,6 +119,13 @@ def load(spec: InstanceSpec, options: Options) -> Loaded:
         else:
             _find_gpus(spec, options)
         turbomind = _turbomind(spec, options, folder, settings)
+        misread = misread_rope(config, turbomind.config.attention_config.rope_param)
+        if misread and options.maths == "model":
+            turbomind.close()
+            raise EngineError(
+                f"instance {spec.id!r}: config.json of {spec.model} says {misread}: lmdeploy reads "
+                "it wrongly through this transformers; pip install 'transformers<5'"
+            )
         return _loaded(spec, options, folder, config, turbomind)
 
 
@@ -315,6 +322,21 @@ def _session_tokens(spec: InstanceSpec, options: Options, config: dict[str, Any]
             "its output"
         )
     return int(tokens)
+
+
+def misread_rope(config: dict[str, Any], read: Any) -> str:
+    """What lmdeploy made of the rotary embedding, where it is not what config.json says; else "".
+
+    It takes a default without a word for what transformers, from version 5 on, keeps elsewhere.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = config.get("rope_theta", scaling.get("rope_theta"))
+    if theta is not None and float(theta) != float(read.base):
+        return f"rope_theta {theta:g}, and {read.base:g} was read"
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default" and read.type == "default":
+        return f"rope_type {kind}, and none was read"
+    return ""
 
 
 @contextlib.contextmanager

@@ -149,6 +149,7 @@ NativeEvent = (
 
 _Words = Sequence[int]
 _STEP_FIELDS, _ROW_FIELDS = 10, 6
+_STEP_WORDS = _STEP_FIELDS + _ROW_FIELDS  # of a step with one row
 
 
 def events(words: _Words) -> Iterator[NativeEvent]:
@@ -166,13 +167,11 @@ def events(words: _Words) -> Iterator[NativeEvent]:
 
 
 def _step(words: _Words) -> Step:
-    num_rows = words[_STEP_FIELDS - 1]
-    ends = range(_STEP_FIELDS, _STEP_FIELDS + num_rows * _ROW_FIELDS, _ROW_FIELDS)
-    rows = (words[at : at + _ROW_FIELDS] for at in ends)
-    told = tuple(StepRow(row[0] & _SESSION, *row[1:]) for row in rows)
     step, plan, plan_step, decided_by, begin_us, end_us, *blocks = words[: _STEP_FIELDS - 1]
     active, cached, free = blocks
-    return Step(step, plan, plan_step, decided_by, begin_us, end_us, active, cached, free, told)
+    sessions, *others = (words[at::_ROW_FIELDS] for at in range(_STEP_FIELDS, _STEP_WORDS))
+    rows = tuple(map(StepRow, [session & _SESSION for session in sessions], *others))
+    return Step(step, plan, plan_step, decided_by, begin_us, end_us, active, cached, free, rows)
 
 
 def _stored(words: _Words) -> Stored:

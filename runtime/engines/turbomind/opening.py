@@ -9,7 +9,7 @@ from sagec.runtime.engines.turbomind import abi
 from sagec.runtime.engines.turbomind.loading import Loaded, load
 from sagec.runtime.engines.turbomind.native import Native, NativeError, NativeInstance
 from sagec.runtime.engines.turbomind.options import Options
-from sagec.runtime.engines.turbomind.patching import PatchError, ensure_patched
+from sagec.runtime.engines.turbomind.patching import PatchError, ensure_patched, has_driver
 from sagec.runtime.engines.turbomind.residents import Residents
 from sagec.runtime.engines.turbomind.toy import ToyError, load_stand_ins
 from sagec.runtime.row import Intake
@@ -75,6 +75,11 @@ def _patched(spec: InstanceSpec, options: Options) -> Native:
     try:
         if options.maths == "toy":
             load_stand_ins()
+        elif not has_driver():
+            raise EngineError(
+                f"instance {spec.id!r}: no CUDA GPU here; option maths=toy runs TurboMind's own "
+                "scheduler on the CPU with a toy model"
+            )
         return ensure_patched()
     except (ToyError, PatchError) as error:
         raise EngineError(f"instance {spec.id!r}: {error}") from None

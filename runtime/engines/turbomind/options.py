@@ -1,6 +1,6 @@
 """What an instance of TurboMind can be told."""
 
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -48,6 +48,9 @@ _LEAST = {
     "token_us": 0,
 }
 
+_MOST = 2**31 - 1
+"""What TurboMind's own numbers hold."""
+
 
 def read_options(spec: InstanceSpec) -> Options:
     """The options of `spec`, all given as text. Raises EngineError for one that is wrong."""
@@ -58,15 +61,29 @@ def read_options(spec: InstanceSpec) -> Options:
         raise EngineError(f"{place}: turbomind has no option {unknown[0]!r}; it has {listed}")
     try:
         options = msgspec.convert(spec.options, Options, strict=False)
-    except msgspec.ValidationError as error:
-        raise EngineError(f"{place}: options: {error}") from None
+    except msgspec.ValidationError:
+        raise EngineError(f"{place}: {_wrong_value(spec)}") from None
     sizes = {name: getattr(options, name) for name in _LEAST}
     sizes |= {"kv_blocks": spec.kv_blocks, "block_tokens": spec.block_tokens}
     for name, value in sizes.items():
         if value < (least := _LEAST.get(name, 1)):
             raise EngineError(f"{place}: {name} {value}; {least} at least")
+        if value > _MOST:
+            raise EngineError(f"{place}: {name} {value}; {_MOST} at most")
     _check_together(place, options)
     return options
+
+
+def _wrong_value(spec: InstanceSpec) -> str:
+    """The first option whose text is no value of its type, and what would be one."""
+    kinds = get_type_hints(Options)
+    for name, text in spec.options.items():
+        try:
+            msgspec.convert(text, kinds[name], strict=False)
+        except msgspec.ValidationError:
+            right = " or ".join(get_args(kinds[name])) or "a whole number"
+            return f"{name} {text!r}; {right} is wanted"
+    raise AssertionError("one of them was refused")
 
 
 def devices(options: Options) -> list[int]:

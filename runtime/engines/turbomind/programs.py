@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import runpy
 import shutil
 import sys
@@ -58,16 +59,24 @@ def run(command: Sequence[str], after_import: Callable[[], None]) -> int:
 
     after_import is called when TurboMind has been imported. Raises ProgramError.
     """
-    start = _starting(command)
     finder = AfterImport(after_import)
-    before = sys.argv
+    argv, path = sys.argv, sys.path
     sys.meta_path.insert(0, finder)
     try:
+        sys.path = [*_folder(command[0]), *path]
+        start = _starting(command)
         sys.argv = list(command[1:] if command[0] == "-m" else command)
         return _exit_code(start)
     finally:
-        sys.argv = before
+        sys.argv, sys.path = argv, path
         sys.meta_path.remove(finder)
+
+
+def _folder(program: str) -> list[str]:
+    """Where `python` would look first for what the program imports."""
+    if program == "-m":
+        return [str(Path.cwd())]
+    return [str(Path(program).resolve().parent)] if Path(program).is_file() else []
 
 
 def _starting(command: Sequence[str]) -> Callable[[], object]:
@@ -76,6 +85,8 @@ def _starting(command: Sequence[str]) -> Callable[[], object]:
     if program == "-m":
         if len(command) < 2:
             raise ProgramError("-m wants the name of a module behind it")
+        if not _is_module(command[1]):
+            raise ProgramError(f"no module named {command[1]!r} in {sys.executable}")
         return lambda: runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     scripts = importlib.metadata.entry_points(group="console_scripts", name=program)
     if scripts:
@@ -87,6 +98,13 @@ def _starting(command: Sequence[str]) -> Callable[[], object]:
     if not _is_python(Path(path)):
         raise ProgramError(f"{path} is no Python program; only those run in this process")
     return lambda: runpy.run_path(path, run_name="__main__")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):  # a package before its last dot; no name
+        return False
 
 
 def _is_python(path: Path) -> bool:

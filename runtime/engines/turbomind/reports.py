@@ -4,7 +4,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from sagec.runtime.engines import DecidedBy, StepReport
-from sagec.runtime.engines.turbomind.abi import BY_ANSWER, BY_DEADLINE, BY_PLAN, BY_STOCK
+from sagec.runtime.engines.turbomind.abi import (
+    BY_ANSWER,
+    BY_DEADLINE,
+    BY_PLAN,
+    BY_STOCK,
+    ROW_SAMPLED,
+)
 from sagec.runtime.engines.turbomind.native_events import Step, StepRow
 from sagec.runtime.engines.turbomind.rows import Row
 from sagec.runtime.request import FinishReason
@@ -33,21 +39,24 @@ class Settlement:
 
         leaving: requests that go to another instance when their first token is sampled.
         """
-        planned = max(part.planned_end - part.begin, 0)
-        computed = part.end - part.begin
-        joins_later = row.arrived is not None and not computed  # nobody waits for its KV
-        if planned != computed and not joins_later:
-            self.deviations.append((row.id, planned, computed))
-        if computed:
-            self._compute(row, part)
-        if not part.samples:
+        id, begin, end, num_output = row.id, part.begin, part.end, row.num_output
+        if part.planned_end != end:
+            self._deviate(row, part)
+        if end > begin:
+            if num_output and begin == len(row.tokens) - 1:
+                self.decodes.append(id)
+            else:
+                self.chunks.append((id, begin, end))
+            row.computed = end
+            if row.reused:
+                self.tell_reused(row)
+        if not part.flags & ROW_SAMPLED:
             return None
-        index = row.num_output
-        reason = row.append(part.token, row.id in leaving)
-        if row.num_output > index:
-            self.tokens.append((row.id, index, part.token))
+        reason = row.append(part.token, id in leaving)
+        if reason is None or row.num_output > num_output:
+            self.tokens.append((id, num_output, part.token))
         if reason is not None:
-            self.finished.append((row.id, reason))
+            self.finished.append((id, reason))
         return reason
 
     def tell_reused(self, row: Row) -> None:
@@ -56,13 +65,11 @@ class Settlement:
             self.reused.append((row.id, row.reused))
             row.reused = 0
 
-    def _compute(self, row: Row, part: StepRow) -> None:
-        if row.num_output and part.begin == row.num_tokens - 1:
-            self.decodes.append(row.id)
-        else:
-            self.chunks.append((row.id, part.begin, part.end))
-        self.tell_reused(row)
-        row.computed = part.end
+    def _deviate(self, row: Row, part: StepRow) -> None:
+        planned, computed = max(part.planned_end - part.begin, 0), part.end - part.begin
+        joins_later = row.arrived is not None and not computed  # nobody waits for its KV
+        if planned != computed and not joins_later:
+            self.deviations.append((row.id, planned, computed))
 
     def report(self, step: Step, instance: str, plan_id: str) -> StepReport:
         """The report of the step that did this."""

@@ -53,9 +53,10 @@ class Residents:
         """The row that a session computes, or computed until it was told to end."""
         return self._of_session.get(session)
 
-    def is_here(self, row: Row) -> bool:
-        """Whether it is not yet done, gone or started over."""
-        return self._rows.get(row.id) is row
+    def here(self, session: int) -> Row | None:
+        """The row of a session, if it is not yet done, gone or started over."""
+        row = self._of_session.get(session)
+        return None if row is None or row.gone else row
 
     def session_for(self, id: str) -> int:
         """By which a plan names the request; one that is still to come will get it."""
@@ -83,6 +84,7 @@ class Residents:
     def drop(self, row: Row, then: Then | None = None) -> None:
         """Forget the row; `then` is done when TurboMind holds nothing of it any more."""
         del self._rows[row.id]
+        row.gone = True
         self.forget_kept(row)
         self.end(row, then)
 

@@ -22,7 +22,8 @@ class Row(RequestRow):
     session: by which plans name it; another one when its session is told to end, or has ended.
     live: that session, while TurboMind has it. ending: one that was told to end and has not yet.
     kept: its KV in host memory, of a session that is over. arrived: KV of another instance, that
-    its session begins with.
+    its session begins with. gone: it is done or gone or started over, and nobody asks for it any
+    more, though its session may still be at work.
     """
 
     session: int
@@ -30,6 +31,7 @@ class Row(RequestRow):
     ending: int | None = None
     kept: Exported | None = None
     arrived: KVHandle | None = None
+    gone: bool = False
 
     @property
     def held_tokens(self) -> int:

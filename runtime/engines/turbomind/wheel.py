@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
@@ -131,10 +132,11 @@ def remembered_hash_of(path: Path) -> str:
     found = path.stat()
     name = f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
     kept = cache_folder() / f"sha256-{hashlib.sha256(name.encode()).hexdigest()[:20]}"
-    if kept.is_file():
-        return kept.read_text("ascii")
+    # A cache that cannot be read or written costs half a second each time, and nothing else.
+    with contextlib.suppress(OSError):
+        if re.fullmatch("[0-9a-f]{64}", remembered := kept.read_text("ascii", "replace")):
+            return remembered
     digest = hash_of(path)
-    # A cache that cannot be written costs half a second each time, and nothing else.
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(f".{os.getpid()}")

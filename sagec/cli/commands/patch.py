@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "program",
         metavar="PROGRAM",
         nargs="*",
+        default=[],  # without one argparse would call it required
         help="apply: a console script, -m MODULE or a file of Python, with its arguments",
     )
     parser.add_argument("--json", action="store_true", help="for programs")

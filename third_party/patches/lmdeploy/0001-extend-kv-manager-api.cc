@@ -82,10 +82,6 @@ using namespace sagec::tm;
 
 constexpr int kInstanceShift = SAGEC_TM_INSTANCE_SHIFT;
 
-std::string not_open(std::uint32_t instance) {
-    return "instance " + std::to_string(instance) + " is not open";
-}
-
 sagec_tm_block describe(const Block &block) {
     sagec_tm_block row{};
     row.uid = static_cast<std::int64_t>(block.unique_id);
@@ -94,6 +90,18 @@ sagec_tm_block describe(const Block &block) {
     row.use_count = block.use_count;
     row.data = block.data;
     return row;
+}
+
+sagec_tm_blocks total(const SequenceManager &manager) {
+    const BlockManager &all = *manager.block_manager;
+    sagec_tm_blocks totals{};
+    totals.block_bytes = static_cast<std::int64_t>(all.block_size);
+    totals.block_tokens = manager.block_seq_len;
+    totals.num_blocks = all.max_block_count;
+    totals.active = static_cast<int>(all.active.size());
+    totals.cached = static_cast<int>(all.cached.size());
+    totals.free = num_free_blocks(all);
+    return totals;
 }
 
 // "" or why the move cannot be done.
@@ -159,41 +167,31 @@ std::string migrate(Instance &instance, const sagec_tm_move *moves, int num_move
 
 const char *sagec_tm_get_block_info(uint32_t number, int32_t rank, sagec_tm_blocks *totals,
                                     sagec_tm_block *blocks, int32_t capacity) {
-    const auto instance = instance_numbered(number);
-    if (!instance)
-        return refusal(not_open(number));
-    std::lock_guard<std::mutex> lock(instance->blocks_mutex(rank));
-    const SequenceManager *manager = instance->manager_of(rank);
-    if (!manager)
-        return refusal("rank " + std::to_string(rank) + " of instance " + std::to_string(number) +
-                       " has not taken a step yet");
-    const BlockManager &all = *manager->block_manager;
-    *totals = {};
-    totals->block_bytes = static_cast<std::int64_t>(all.block_size);
-    totals->block_tokens = manager->block_seq_len;
-    totals->num_blocks = all.max_block_count;
-    totals->active = static_cast<int>(all.active.size());
-    totals->cached = static_cast<int>(all.cached.size());
-    totals->free = num_free_blocks(all);
-    const int num_rows = std::min(capacity, static_cast<int>(all.blocks.size()));
-    for (int i = 0; i < num_rows; ++i)
-        blocks[i] = describe(all.blocks[i]);
-    return nullptr;
+    return refusal_of(number, [&](Instance &instance) {
+        std::lock_guard<std::mutex> lock(instance.blocks_mutex(rank));
+        const SequenceManager *manager = instance.manager_of(rank);
+        if (!manager)
+            return "rank " + std::to_string(rank) + " of instance " + std::to_string(number) +
+                   " has not taken a step yet";
+        const BlockManager &all = *manager->block_manager;
+        *totals = total(*manager);
+        const int num_rows = std::min(capacity, static_cast<int>(all.blocks.size()));
+        std::transform(all.blocks.begin(), all.blocks.begin() + num_rows, blocks, describe);
+        return std::string();
+    });
 }
 
 const char *sagec_tm_register_eviction_callback(uint32_t number, sagec_tm_evicted callback, void *argument) {
-    const auto instance = instance_numbered(number);
-    if (!instance)
-        return refusal(not_open(number));
-    std::lock_guard<std::mutex> lock(instance->callback_mutex);
-    instance->evicted = callback;
-    instance->evicted_argument = argument;
-    return nullptr;
+    return refusal_of(number, [&](Instance &instance) {
+        std::lock_guard<std::mutex> lock(instance.callback_mutex);
+        instance.evicted = callback;
+        instance.evicted_argument = argument;
+        return std::string();
+    });
 }
 
 const char *sagec_tm_migrate_blocks(uint32_t number, const sagec_tm_move *moves, int32_t num_moves) {
-    const auto instance = instance_numbered(number);
-    return refusal(instance ? migrate(*instance, moves, num_moves) : not_open(number));
+    return refusal_of(number, [&](Instance &instance) { return migrate(instance, moves, num_moves); });
 }
 
 void sagec_tm_forget(uint32_t number, uint64_t session) {
@@ -202,8 +200,7 @@ void sagec_tm_forget(uint32_t number, uint64_t session) {
 }
 
 const char *sagec_tm_take_export(uint32_t number, uint64_t session, void *blob, int64_t num_bytes) {
-    const auto instance = instance_numbered(number);
-    return refusal(instance ? instance->kv.take(session, blob, num_bytes) : not_open(number));
+    return refusal_of(number, [&](Instance &instance) { return instance.kv.take(session, blob, num_bytes); });
 }
 
 uint64_t sagec_tm_layout(uint64_t seed, int64_t block_bytes, int32_t block_tokens, int32_t num_ranks) {

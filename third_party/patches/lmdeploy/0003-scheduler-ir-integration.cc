@@ -13,6 +13,7 @@
 // The next step that computes somebody finds them all swapped out and builds the batch anew.
 //
 // Hooks LlamaBatch::Finish to report what was computed and sampled.
+#include "cuda_calls.h"
 #include "hooks.h"
 #include "instance.h"
 #include "step.h"
@@ -33,7 +34,7 @@ Original<std::vector<int>(SequenceManager *, const Sequences &, const std::vecto
     original_count_required_blocks;
 Original<void(LlamaBatch *, GenerationState &, Signals &)> original_finish;
 
-// More than any engine has; a few of them still add up in an int.
+// More than any engine has.
 constexpr int kUnobtainable = 1 << 28;
 
 // A rank is a thread; its step goes from Materialize to Finish.
@@ -92,7 +93,11 @@ std::vector<int> count_required_blocks(SequenceManager *manager, const Sequences
     return counts;
 }
 
+// Initialize only enqueues copies of host memory, seeds of new requests among it, that the next step writes
+// anew. Finish, which waits for them, does not follow: so it is waited here.
 void empty_batch(LlamaBatch &batch, GenerationState &generation) {
+    if (const auto wait = cuda().stream_synchronize)
+        wait(batch.stream);
     pretender()->status = kLocked;
     pretender() = nullptr;
     auto &state = *batch.state;

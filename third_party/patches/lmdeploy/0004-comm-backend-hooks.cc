@@ -5,6 +5,9 @@
 // the device. An engine's thread only records them. They are read by whoever asks for the figures, since
 // asking for an event that is not there yet leaves an error behind for the thread that asks, and
 // TurboMind looks at its threads' errors.
+//
+// TurboMind makes nearly all its calls in groups, and NCCL enqueues nothing of a group before it ends. So
+// the events lie around the whole group, and the time is of all calls in it.
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -27,6 +30,7 @@ Original<ncclResult(const void *, void *, std::size_t, ncclDataType, void *, voi
 Original<ncclResult(const void *, void *, std::size_t, ncclDataType, int, void *, void *)> original_broadcast;
 Original<ncclResult(const void *, void *, std::size_t, ncclDataType, int, int, void *, void *)>
     original_reduce;
+Original<ncclResult()> original_group_start, original_group_end;
 
 struct Totals {
     std::atomic<std::int64_t> calls{0}, bytes{0}, enqueue_ns{0}, device_ns{0}, timed_calls{0};
@@ -41,10 +45,10 @@ std::int64_t bytes_of(ncclDataType type) {
     return is_known ? bytes[type] : 0;
 }
 
-// Events around a call, on the device that they were made for.
+// Events around a call or a group of calls, on the device that they were made for.
 struct Timing {
     void *begin = nullptr, *end = nullptr;
-    int device = 0, collective = 0;
+    int device = 0, collective = 0, num_calls = 0;
     bool is_recorded = false;
 };
 
@@ -69,8 +73,12 @@ Timing take_timing(int device) {
     }
     Timing made;
     made.device = device;
-    if (num_timings >= kMaxTimings || cuda().event_create(&made.begin) || cuda().event_create(&made.end))
+    if (num_timings >= kMaxTimings)
         return {};
+    if (cuda().event_create(&made.begin) || cuda().event_create(&made.end)) {
+        cuda().get_last_error(); // TurboMind would take it for its own
+        return {};
+    }
     ++num_timings;
     return made;
 }
@@ -86,10 +94,13 @@ Timing begin_timing(int collective, std::int64_t call, void *stream) {
     return timing;
 }
 
-void end_timing(Timing timing, void *stream) {
+void end_timing(Timing timing, int num_calls, void *stream) {
     if (!timing.begin)
         return;
+    timing.num_calls = num_calls;
     timing.is_recorded = timing.is_recorded && cuda().event_record(timing.end, stream) == 0;
+    if (!timing.is_recorded)
+        cuda().get_last_error(); // likewise
     std::lock_guard<std::mutex> lock(timings_mutex);
     (timing.is_recorded ? under_way : unused).push_back(timing);
 }
@@ -105,7 +116,7 @@ void read_timings() {
             continue;
         }
         totals[timing.collective].device_ns += static_cast<std::int64_t>(milliseconds * 1e6);
-        ++totals[timing.collective].timed_calls;
+        totals[timing.collective].timed_calls += timing.num_calls;
         unused.push_back(timing);
     }
     if (!unfinished.empty())
@@ -113,16 +124,55 @@ void read_timings() {
     under_way = std::move(unfinished);
 }
 
-template <class Call>
-ncclResult counted(int collective, std::size_t count, ncclDataType type, void *stream, Call call) {
-    Totals &total = totals[collective];
-    const Timing timing = begin_timing(collective, total.calls++, stream);
+// The calls that this thread has made and NCCL has not enqueued yet, of one kind and on one stream; or the
+// one that it makes outside of any group.
+struct Group {
+    int depth = 0, num_calls = 0, collective = 0;
+    void *stream = nullptr;
+    Timing timing;
+};
+thread_local Group group;
+
+void end_group() {
+    end_timing(group.timing, group.num_calls, group.stream);
+    group.timing = {};
+    group.num_calls = 0;
+}
+
+// Makes a call, whose time on the host counts for the collective.
+template <class Call> ncclResult clocked(int collective, Call call) {
     const auto begin = std::chrono::steady_clock::now();
     const ncclResult result = call();
     const auto spent = std::chrono::steady_clock::now() - begin;
-    end_timing(timing, stream);
+    totals[collective].enqueue_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
+    return result;
+}
+
+template <class Call>
+ncclResult counted(int collective, std::size_t count, ncclDataType type, void *stream, Call call) {
+    Totals &total = totals[collective];
+    const std::int64_t number = total.calls++;
     total.bytes += static_cast<std::int64_t>(count) * bytes_of(type);
-    total.enqueue_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
+    group.collective = collective;
+    group.stream = stream;
+    ++group.num_calls;
+    if (!group.timing.begin)
+        group.timing = begin_timing(collective, number, stream);
+    const ncclResult result = clocked(collective, call);
+    if (group.depth == 0)
+        end_group();
+    return result;
+}
+
+ncclResult group_start() {
+    ++group.depth;
+    return original_group_start();
+}
+
+ncclResult group_end() {
+    const ncclResult result = clocked(group.collective, [] { return original_group_end(); });
+    if (group.depth > 0 && --group.depth == 0) // 0: it began before there was a hook
+        end_group();
     return result;
 }
 
@@ -163,7 +213,9 @@ std::vector<Hook> comm_hooks() {
             {"ncclAllGather", reinterpret_cast<void *>(all_gather), original_all_gather.slot()},
             {"ncclReduceScatter", reinterpret_cast<void *>(reduce_scatter), original_reduce_scatter.slot()},
             {"ncclBroadcast", reinterpret_cast<void *>(broadcast), original_broadcast.slot()},
-            {"ncclReduce", reinterpret_cast<void *>(reduce), original_reduce.slot()}};
+            {"ncclReduce", reinterpret_cast<void *>(reduce), original_reduce.slot()},
+            {"ncclGroupStart", reinterpret_cast<void *>(group_start), original_group_start.slot()},
+            {"ncclGroupEnd", reinterpret_cast<void *>(group_end), original_group_end.slot()}};
 }
 
 } // namespace sagec::tm

@@ -14,17 +14,6 @@ namespace {
 
 std::mutex apply_mutex;
 
-std::string not_open(std::uint32_t number) { return "instance " + std::to_string(number) + " is not open"; }
-
-// Nothing is thrown across the C ABI; there is little that could be but want of memory.
-template <class Act> const char *refusal_of(Act act) {
-    try {
-        return refusal(act());
-    } catch (const std::exception &error) {
-        return refusal(error.what());
-    }
-}
-
 std::string apply() {
     std::lock_guard lock(apply_mutex);
     if (num_patched() > 0)
@@ -96,10 +85,7 @@ void sagec_tm_wake(uint32_t number) {
 // ---- decisions
 
 const char *sagec_tm_post_plan(uint32_t number, const sagec_tm_plan *plan) {
-    return refusal_of([&] {
-        const auto instance = instance_numbered(number);
-        return instance ? instance->post(*plan) : not_open(number);
-    });
+    return refusal_of(number, [&](Instance &instance) { return instance.post(*plan); });
 }
 
 int32_t sagec_tm_wait_question(uint32_t number, int64_t timeout_us, sagec_tm_question *question,
@@ -117,10 +103,7 @@ int32_t sagec_tm_wait_question(uint32_t number, int64_t timeout_us, sagec_tm_que
 }
 
 const char *sagec_tm_answer(uint32_t number, int64_t step, const sagec_tm_item *items, int32_t num_items) {
-    return refusal_of([&] {
-        const auto instance = instance_numbered(number);
-        return instance ? instance->answer(step, items, num_items) : not_open(number);
-    });
+    return refusal_of(number, [&](Instance &instance) { return instance.answer(step, items, num_items); });
 }
 
 // ---- what happened
@@ -131,12 +114,9 @@ int64_t sagec_tm_read(uint32_t number, int64_t *events, int64_t capacity, int64_
 }
 
 const char *sagec_tm_count(uint32_t number, sagec_tm_counters *counters) {
-    return refusal_of([&] {
-        const auto instance = instance_numbered(number);
-        if (!instance)
-            return not_open(number);
-        std::lock_guard lock(instance->counters_mutex);
-        *counters = instance->counters;
+    return refusal_of(number, [&](Instance &instance) {
+        std::lock_guard lock(instance.counters_mutex);
+        *counters = instance.counters;
         return std::string();
     });
 }

@@ -29,7 +29,8 @@ CudaCalls look_up_all() {
 } // namespace
 
 bool CudaCalls::can_copy() const {
-    return memcpy_async && stream_create && stream_destroy && stream_synchronize && host_alloc && host_free;
+    return memcpy_async && stream_create && stream_destroy && stream_synchronize && host_alloc && host_free &&
+           get_last_error;
 }
 
 bool CudaCalls::can_time() const {

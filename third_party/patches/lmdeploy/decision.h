@@ -33,7 +33,15 @@ struct Decision {
     int decided_by = SAGEC_TM_BY_STOCK;
     std::int64_t step = 0, plan = 0, plan_step = 0;
     std::vector<sagec_tm_item> items; // in this order; `end` absolute
+    std::size_t num_decodes = 0;      // the last ones: a plan's batch, in which who finds no room waits
+    std::int64_t late_tokens = 0;     // among them, though the plan took them for cached
 
+    void clear() {
+        decided_by = SAGEC_TM_BY_STOCK;
+        items.clear();
+        num_decodes = 0;
+        late_tokens = 0;
+    }
     bool is_stock() const { return decided_by == SAGEC_TM_BY_STOCK || decided_by == SAGEC_TM_BY_DEADLINE; }
     bool holds() const { return !is_stock() && items.empty(); }
 };

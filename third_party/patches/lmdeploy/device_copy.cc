@@ -34,6 +34,18 @@ struct Lanes {
 
     bool open() { return cuda().can_copy() && lanes[0].open() && lanes[1].open(); }
     Lane &of(std::size_t piece) { return lanes[piece % 2]; }
+    // Where a copy was refused: nothing may reach the blocks when they are another's, and TurboMind ends the
+    // process over an error that its thread was left with.
+    bool give_up() {
+        for (Lane &lane : lanes) {
+            if (lane.stream)
+                lane.wait();
+            lane.piece = {};
+        }
+        if (const auto forget_error = cuda().get_last_error)
+            forget_error();
+        return false;
+    }
     ~Lanes() {
         for (Lane &lane : lanes) {
             if (lane.pinned)
@@ -75,21 +87,26 @@ Piece piece_at(std::size_t index, std::size_t num_bytes) {
 
 } // namespace
 
+void prepare_copies() {
+    if (!of_this_thread.open())
+        of_this_thread.give_up();
+}
+
 bool copy_to_host(const DeviceBlocks &blocks, std::size_t block_bytes, std::byte *host) {
     const std::size_t num_bytes = blocks.size() * block_bytes;
     const std::size_t num_pieces = (num_bytes + kPieceBytes - 1) / kPieceBytes;
     Lanes &lanes = of_this_thread;
     if (!lanes.open())
-        return false;
+        return lanes.give_up();
     for (std::size_t i = 0; i < num_pieces + 2; ++i) { // each lane is emptied when its turn comes again
         Lane &lane = lanes.of(i);
         if (i >= 2 && i - 2 < num_pieces && !empty_into(lane, host))
-            return false;
+            return lanes.give_up();
         if (i >= num_pieces)
             continue;
         lane.piece = piece_at(i, num_bytes);
         if (!enqueue(lane, lane.piece, blocks, block_bytes, kDeviceToHost))
-            return false;
+            return lanes.give_up();
     }
     return true;
 }
@@ -98,17 +115,17 @@ bool copy_to_device(const std::byte *host, std::size_t block_bytes, const Device
     const std::size_t num_bytes = blocks.size() * block_bytes;
     Lanes &lanes = of_this_thread;
     if (!lanes.open())
-        return false;
+        return lanes.give_up();
     for (std::size_t i = 0; i * kPieceBytes < num_bytes; ++i) {
         Lane &lane = lanes.of(i);
         const Piece piece = piece_at(i, num_bytes);
         if (!lane.wait())
-            return false;
+            return lanes.give_up();
         std::memcpy(lane.memory(), host + piece.begin, piece.end - piece.begin);
         if (!enqueue(lane, piece, blocks, block_bytes, kHostToDevice))
-            return false;
+            return lanes.give_up();
     }
-    return lanes.lanes[0].wait() && lanes.lanes[1].wait();
+    return (lanes.lanes[0].wait() && lanes.lanes[1].wait()) || lanes.give_up();
 }
 
 } // namespace sagec::tm

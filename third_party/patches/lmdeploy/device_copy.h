@@ -16,4 +16,9 @@ using DeviceBlocks = std::vector<void *>;
 bool copy_to_host(const DeviceBlocks &blocks, std::size_t block_bytes, std::byte *host);
 bool copy_to_device(const std::byte *host, std::size_t block_bytes, const DeviceBlocks &blocks);
 
+// Makes the calling thread's streams and pinned memory, which its first copy does otherwise. Pinned memory is
+// had only when the device rests: where ranks work together it must be made while none computes, for who
+// computes may wait for a rank that waits for its memory.
+void prepare_copies();
+
 } // namespace sagec::tm

@@ -22,8 +22,9 @@ void EventLog::write(std::int64_t kind, std::initializer_list<std::int64_t> fiel
 }
 
 std::int64_t EventLog::read(std::int64_t *events, std::int64_t capacity, std::int64_t timeout_us) {
+    constexpr std::int64_t kLongUs = std::int64_t{1} << 50; // 35 years; the clock has no room for more
     std::unique_lock lock(mutex_);
-    filled_.wait_for(lock, std::chrono::microseconds(timeout_us),
+    filled_.wait_for(lock, std::chrono::microseconds(std::min(timeout_us, kLongUs)),
                      [&] { return closed_ || first_ < words_.size(); });
     auto end = first_;
     while (end < words_.size() && static_cast<std::int64_t>(end - first_) + words_[end + 1] <= capacity)

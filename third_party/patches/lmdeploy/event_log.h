@@ -18,7 +18,7 @@ class EventLog {
                const std::vector<std::int64_t> &more = {});
     // As sagec_tm_read.
     std::int64_t read(std::int64_t *events, std::int64_t capacity, std::int64_t timeout_us);
-    void close(); // wakes whoever reads; what is in it can still be read, nothing more is written
+    void close(); // wakes whoever reads, who still gets what is in it; nothing more is written
 
   private:
     std::mutex mutex_;

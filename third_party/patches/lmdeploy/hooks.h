@@ -10,7 +10,7 @@ namespace sagec::tm {
 std::vector<Hook> kv_manager_hooks(); // 0001: Erase, Evict
 std::vector<Hook> prefix_hooks(); // 0002: PrefixMatch, CachePrompt, CacheGeneration, BlockTrie::Cache, Verify
 std::vector<Hook> scheduler_hooks(); // 0003: Initialize, Materialize, CountRequiredBlocks, Finish
-std::vector<Hook> comm_hooks();      // 0004: ncclAllReduce and the other collectives
+std::vector<Hook> comm_hooks();      // 0004: ncclAllReduce, the other collectives, groups of them
 
 std::vector<Hook> all_hooks(); // of the four
 

@@ -120,8 +120,6 @@ void restore_from(std::size_t first) {
 
 } // namespace
 
-std::string library_path() { return library().path; }
-
 // Looked up by handle: its own scope, then what it was linked with. The value that a slot had is no
 // original: under lazy binding it is the loader's resolver, which would overwrite the patch.
 void *resolve(const char *name) {

@@ -28,9 +28,6 @@ template <class R, class... A> class Original<R(A...)> {
     void *function_ = nullptr;
 };
 
-// Where `_turbomind.*.so` is loaded; empty where it is not.
-std::string library_path();
-
 // A function that the library defines or imports, by mangled name; null where there is none.
 // Looked up from the library itself, so that nothing preloaded is found instead.
 void *resolve(const char *name);

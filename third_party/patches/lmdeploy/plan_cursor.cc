@@ -69,7 +69,7 @@ bool PlanCursor::names_absent(const StepView &view) const {
 }
 
 bool PlanCursor::next(const StepView &view, Decision &decision, std::vector<Gap> &gaps) {
-    decision.items.clear();
+    decision.clear();
     auto later = std::upper_bound(starts_.begin(), starts_.end(), step_);
     for (auto step = step_; step < num_steps_; step = *later++) {
         if (pick(step, view, decision, gaps)) {
@@ -118,6 +118,7 @@ void PlanCursor::pick_chunk(const Chunk &chunk, const StepView &view, Decision &
         return;
     }
     row.named_tokens = std::max(row.named_tokens, chunk.end);
+    decision.late_tokens += std::max<std::int64_t>(0, chunk.begin - computed);
     if (goes_on) {
         decision.items[row.item].end = chunk.end;
         picked_tokens_ += chunk.end - computed;
@@ -154,9 +155,11 @@ void PlanCursor::pick_decodes(std::int64_t step, const StepView &view, Decision 
         const bool decodes = computed >= row.prompt_tokens || context - computed == 1;
         if (computed >= end || !decodes)
             continue;
-        pick_row(row, computed, std::min(end, computed + max_step_tokens_ - picked_tokens_), decision);
+        pick_row(row, computed, computed + std::min(end - computed, max_step_tokens_ - picked_tokens_),
+                 decision);
         num_new += i >= num_joined_;
     }
+    decision.num_decodes = decision.items.size() - num_chunks;
     if (num_new == 0)
         return;
     const auto joins = [&](const Member &member) {

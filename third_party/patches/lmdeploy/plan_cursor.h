@@ -1,8 +1,8 @@
 // A plan under way: which tokens of which sessions the next step computes.
 //
 // The rules are those of sagec's runtime/cursor.py, and tests hold the two against each other. What
-// differs: room is TurboMind's to give, so a row is named whether it will find room or not, and is
-// asked for again in the next step that names it.
+// differs: room is TurboMind's to give, so a row is named whether it will find room or not (step.cc lets
+// one that decodes wait for it), and is asked for again in the next step that names it.
 #pragma once
 
 #include <cstdint>

@@ -24,6 +24,13 @@ void RankBoard::take(std::int64_t number, std::shared_ptr<Instance> &instance, D
         changed_.notify_all();
 }
 
+void RankBoard::meet(int num_ranks) {
+    std::unique_lock lock(mutex_);
+    ++num_met_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return num_met_ >= num_ranks; });
+}
+
 std::shared_ptr<RankBoard> board_of(const LlamaBatch &rank) {
     static std::mutex mutex;
     static auto &boards = *new std::map<std::pair<const void *, int>, std::weak_ptr<RankBoard>>;

@@ -20,12 +20,15 @@ class RankBoard {
     void post(const std::shared_ptr<Instance> &instance, const Decision &decision, int num_ranks);
     // Of the others. Waits for the decision of this rank's `number`-th question, from 1.
     void take(std::int64_t number, std::shared_ptr<Instance> &instance, Decision &decision);
+    // Of each rank, once: waits until all have come.
+    void meet(int num_ranks);
 
   private:
     std::mutex mutex_;
     std::condition_variable changed_;
     std::int64_t number_ = 0;
     int num_left_ = 0; // ranks that have not taken it
+    int num_met_ = 0;
     std::shared_ptr<Instance> instance_;
     Decision decision_;
 };

@@ -2,9 +2,10 @@
  *
  * Words. A *session* is TurboMind's name of a request: 64 bits, of which the upper 16 are the number
  * of the *instance* (an engine of this process, 1 or more) that it runs on; sessions with 0 there are
- * nobody's of ours and stay stock. A *rank* is a tensor-parallel thread of an instance. *context* are
- * the tokens of a session (prompt and output), *computed* those whose KV is in its blocks: progress
- * is absolute. All ranges are half-open. Times are microseconds of CLOCK_MONOTONIC.
+ * nobody's of ours and stay stock. So does a step in which an engine has sessions of several numbers,
+ * and nobody is told of it: an engine is one instance's. A *rank* is a tensor-parallel thread of an
+ * instance. *context* are the tokens of a session (prompt and output), *computed* those whose KV is in
+ * its blocks: progress is absolute. All ranges are half-open. Times are microseconds of CLOCK_MONOTONIC.
  *
  * Functions that can refuse return NULL, or one line that says what and why, valid until the thread
  * calls again. Every function may be called from any thread; none needs the GIL or calls Python.
@@ -47,7 +48,8 @@ typedef struct {
     int32_t num_ranks;    /* tensor-parallel ranks: how many threads take each decision */
     int64_t deadline_us;  /* no decision for so long though there is work: stock decides that step */
     int64_t log_capacity; /* int64s that the event log holds; a reader that is slower loses none, the
-                             engine waits for nobody: the log grows. 0: 65536 to begin with */
+                             engine waits for nobody: the log grows, by 48 bytes for a row of a step,
+                             until it is read or the instance closed. 0: 65536 to begin with */
 } sagec_tm_options;
 
 const char *sagec_tm_open(uint32_t instance, const sagec_tm_options *options); /* 1 .. 65535, not open yet */
@@ -106,7 +108,9 @@ enum {
      * active_blocks, cached_blocks, free_blocks, num_rows; then for each row:
      * session, begin, end, planned_end (0: not planned), token (sampled; else 0), flags.
      * Rows that were planned and not computed stand there too, with begin = end: they found no room, the
-     * engine's budget was used up, or another row of the step was left unfinished already. */
+     * engine's budget was used up, or another row of the step was left unfinished already. Not planned,
+     * though a plan says so: decodes that wait for room while others go on, and what the budget has no
+     * room for since the prefix cache had less than the plan took it for. */
     SAGEC_TM_STEP = 1,
     SAGEC_TM_PLAN_DONE = 2, /* plan: all its steps are gone by, or a newer plan took over */
     SAGEC_TM_ERASED = 3, /* session, computed: it holds nothing any more; after EXPORTED, if any, and before

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "device_copy.h"
+#include "hand_over.h"
+
 namespace sagec::tm {
 
 // ---- before
@@ -23,16 +26,21 @@ bool Step::begin(SequenceManager &manager, const Sequences &sequences) {
     if (!instance_ || instance_->number != number || instance_->is_closed() || place.manager != &manager)
         enter(instance_numbered(number));
     if (num_ranks_ > 1 && !board_)
-        board_ = board_of(*place.batch);
+        join_ranks(*place.batch);
     if (!instance_ && !board_)
         return false;
     lock_blocks();
-    decision_.decided_by = SAGEC_TM_BY_STOCK;
-    decision_.items.clear();
+    decision_.clear();
     order_.clear();
     computed_.clear();
     is_ours_ = is_underway_ = true;
     return true;
+}
+
+void Step::join_ranks(const LlamaBatch &batch) {
+    board_ = board_of(batch);
+    prepare_copies();
+    board_->meet(num_ranks_);
 }
 
 void Step::enter(std::shared_ptr<Instance> instance) {
@@ -72,7 +80,7 @@ void Step::look_at(const Sequences &sequences, const std::vector<int> &contexts,
     sorted_priorities_ = priorities;
     std::sort(sorted_priorities_.begin(), sorted_priorities_.end());
     const auto &blocks = *manager_->block_manager;
-    view_.free_blocks = static_cast<int>(blocks.free.size());
+    view_.free_blocks = num_free_blocks(blocks);
     view_.cached_blocks = static_cast<int>(blocks.cached.size());
     view_.rows.resize(sequences.size());
     for (std::size_t i = 0; i < sequences.size(); ++i) {
@@ -122,17 +130,45 @@ void Step::allot(int budget) {
     planned_.assign(view_.rows.size(), 0);
     allowed_.assign(view_.rows.size(), 0);
     left_tokens_ = budget;
+    left_blocks_ = view_.free_blocks + view_.cached_blocks;
     has_partial_ = false;
     if (!is_decided())
         return;
-    for (const auto &item : decision_.items)
-        if (const auto *row = view_.find_row(item.session)) {
-            const auto index = view_.index_of(*row);
-            planned_[index] = static_cast<int>(std::clamp<std::int64_t>(item.end, 0, row->context));
-            allot_row(index, planned_[index]);
-        }
+    allot_items(false);
+    if (order_.empty())
+        allot_items(true);
     if (!instance_->options.strict && !decision_.holds())
         allot_rest();
+}
+
+// Who decodes by a plan and finds no room waits, and is not planned, as long as anybody goes on: TurboMind
+// would take the room from another, whose KV is then to be computed again. one_must: the first one goes.
+void Step::allot_items(bool one_must) {
+    const auto num_chunks = decision_.items.size() - decision_.num_decodes;
+    auto late_tokens = decision_.late_tokens;
+    for (std::size_t i = 0; i < decision_.items.size(); ++i) {
+        const auto *row = view_.find_row(decision_.items[i].session);
+        if (!row)
+            continue;
+        const auto index = view_.index_of(*row);
+        int end = static_cast<int>(std::clamp<std::int64_t>(decision_.items[i].end, 0, row->context));
+        const bool waits = i >= num_chunks && missing_blocks(index, end) > std::max(left_blocks_, 0);
+        if (waits && !(one_must && order_.empty()))
+            continue;
+        // tokens that the plan took for cached may use up the budget of those that it knew of
+        const auto beyond = std::clamp<std::int64_t>(end - row->computed - left_tokens_, 0, late_tokens);
+        late_tokens -= beyond;
+        end -= static_cast<int>(beyond);
+        planned_[index] = beyond > 0 && end <= row->computed ? 0 : end;
+        allot_row(index, end);
+    }
+}
+
+int Step::missing_blocks(std::size_t index, int end) const {
+    const int ranks = manager_->attn_cp_size, block_tokens = manager_->block_seq_len;
+    const int tokens = (end + ranks - 1) / ranks;
+    const int blocks = (tokens + block_tokens - 1) / block_tokens;
+    return std::max(0, blocks - static_cast<int>(sequences_[index]->blocks.size()));
 }
 
 // TurboMind takes one sequence a step that does not finish its context: a second one is left out. So is
@@ -146,6 +182,7 @@ void Step::allot_row(std::size_t index, int end) {
     allowed_[index] = end;
     order_.push_back(index);
     left_tokens_ -= end - row.computed;
+    left_blocks_ -= missing_blocks(index, end);
     has_partial_ |= is_partial;
 }
 
@@ -257,8 +294,8 @@ void Step::end_report() {
     instance_->events.write(SAGEC_TM_STEP,
                             {decision_.step, decision_.plan, decision_.plan_step, decision_.decided_by,
                              begin_us_, now_us(), static_cast<std::int64_t>(blocks.active.size()),
-                             static_cast<std::int64_t>(blocks.cached.size()),
-                             static_cast<std::int64_t>(blocks.free.size()), num_rows_},
+                             static_cast<std::int64_t>(blocks.cached.size()), num_free_blocks(blocks),
+                             num_rows_},
                             fields_);
     {
         std::lock_guard lock(instance_->counters_mutex);

@@ -55,6 +55,7 @@ class Step {
         const int *tokens;
     };
 
+    void join_ranks(const LlamaBatch &batch);
     void enter(std::shared_ptr<Instance> instance);
     void lock_blocks();
     void look_at(const Sequences &sequences, const std::vector<int> &contexts,
@@ -62,8 +63,10 @@ class Step {
     void tell_preempted();
     void get_decision();
     void allot(int budget);
+    void allot_items(bool one_must);
     void allot_row(std::size_t index, int end);
     void allot_rest();
+    int missing_blocks(std::size_t index, int end) const; // to have a row's first `end` tokens
     void put_first(Sequences &sequences, std::vector<int> &contexts) const;
     void remember();
     void write_row(const sagec_tm_row &row, int begin, int end, int token, int flags);
@@ -87,7 +90,7 @@ class Step {
     // By row: the end that was planned, the end that is allowed; 0: none.
     std::vector<int> planned_, allowed_;
     std::vector<std::size_t> order_; // rows that are allowed something, as decided
-    int left_tokens_ = 0;
+    int left_tokens_ = 0, left_blocks_ = 0;
     bool has_partial_ = false;
 
     // The report: who was computed, and the fields of the event's rows.

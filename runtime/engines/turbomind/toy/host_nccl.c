@@ -129,10 +129,6 @@ int ncclCommUserRank(const struct member *member, int *rank) {
     return SUCCESS;
 }
 
-/* Calls between these are made one by one: every rank makes them in the same order. */
-int ncclGroupStart(void) { return SUCCESS; }
-int ncclGroupEnd(void) { return SUCCESS; }
-
 const char *ncclGetErrorString(int error) {
     return error == SUCCESS ? "no error" : "refused by the host's stand-in for NCCL";
 }
@@ -261,32 +257,70 @@ static int meet(struct member *member, const struct call *call, const void *sent
     return result;
 }
 
+/* As with NCCL, what is called in a group is done when the group ends. */
+struct pending {
+    struct member *member;
+    struct call call;
+    const void *sent;
+    void *received;
+};
+static _Thread_local struct pending pending[2 * MAX_RANKS];
+static _Thread_local int depth, num_pending;
+
+static int call(struct member *member, struct call call, const void *sent, void *received) {
+    if (depth == 0)
+        return meet(member, &call, sent, received);
+    if (num_pending == 2 * MAX_RANKS)
+        return INVALID_USAGE;
+    pending[num_pending++] = (struct pending){member, call, sent, received};
+    return SUCCESS;
+}
+
+int ncclGroupStart(void) {
+    ++depth;
+    return SUCCESS;
+}
+
+int ncclGroupEnd(void) {
+    if (depth == 0)
+        return INVALID_USAGE;
+    if (--depth > 0)
+        return SUCCESS;
+    int result = SUCCESS;
+    for (int i = 0; i < num_pending; ++i) {
+        const int refused = meet(pending[i].member, &pending[i].call, pending[i].sent, pending[i].received);
+        result = refused ? refused : result;
+    }
+    num_pending = 0;
+    return result;
+}
+
 int ncclAllReduce(const void *sent, void *received, size_t count, int type, int op, struct member *member,
                   void *stream) {
     (void)stream;
-    return meet(member, &(struct call){ALL_REDUCE, count, type, op, 0}, sent, received);
+    return call(member, (struct call){ALL_REDUCE, count, type, op, 0}, sent, received);
 }
 
 int ncclReduce(const void *sent, void *received, size_t count, int type, int op, int root,
                struct member *member, void *stream) {
     (void)stream;
-    return meet(member, &(struct call){REDUCE, count, type, op, root}, sent, received);
+    return call(member, (struct call){REDUCE, count, type, op, root}, sent, received);
 }
 
 int ncclReduceScatter(const void *sent, void *received, size_t count, int type, int op, struct member *member,
                       void *stream) {
     (void)stream;
-    return meet(member, &(struct call){REDUCE_SCATTER, count, type, op, 0}, sent, received);
+    return call(member, (struct call){REDUCE_SCATTER, count, type, op, 0}, sent, received);
 }
 
 int ncclAllGather(const void *sent, void *received, size_t count, int type, struct member *member,
                   void *stream) {
     (void)stream;
-    return meet(member, &(struct call){ALL_GATHER, count, type, SUM, 0}, sent, received);
+    return call(member, (struct call){ALL_GATHER, count, type, SUM, 0}, sent, received);
 }
 
 int ncclBroadcast(const void *sent, void *received, size_t count, int type, int root, struct member *member,
                   void *stream) {
     (void)stream;
-    return meet(member, &(struct call){BROADCAST, count, type, SUM, root}, sent, received);
+    return call(member, (struct call){BROADCAST, count, type, SUM, root}, sent, received);
 }
