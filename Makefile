@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 LMDEPLOY := $(shell sed -n 's/^version = "\(.*\)"/\1/p' third_party/lmdeploy/VERSION)
 NATIVE = $(shell find third_party runtime benchmarks -name '*.h' -o -name '*.c' -o -name '*.cc')
+WARNINGS := -O2 -Wall -Wextra -Werror -c -o /dev/null
+CXXSTD := -std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0 -Wno-invalid-offsetof -Ithird_party/patches/lmdeploy
 CPU_TORCH := torch==2.13.0+cpu
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --disable-pip-version-check --no-warn-conflicts --quiet
@@ -23,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo      serve two examples: text as it streams, tables, pictures, an explanation"
 	@echo "make test      all tests but the slow ones; make test-all runs those too"
-	@echo "make lint      ruff, mypy and clang-format"
+	@echo "make lint      ruff, mypy, clang-format; compilers with warnings as errors"
 	@echo "make bench     the benchmarks; tables on the screen, JSON and Markdown in out/"
 	@echo "make docs      write what is generated in docs/"
 	@echo "make clean     remove what was made, the environment too"
@@ -64,6 +66,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror --style=file:third_party/.clang-format $(NATIVE)
+	@echo "$(CC) and $(CXX), warnings as errors"
+	@printf '%s\n' $(filter %.c,$(NATIVE)) | xargs -P $(JOBS) -I{} $(CC) -std=gnu11 $(WARNINGS) {}
+	@printf '%s\n' $(filter %.cc,$(NATIVE)) | xargs -P $(JOBS) -I{} $(CXX) $(CXXSTD) $(WARNINGS) {}
 
 bench: $(INSTALLED)
 	@mkdir -p out
