@@ -361,7 +361,8 @@ def wrong(serving: Serving, outcome: Outcome, right: Mapping[str, Sequence[int]]
         if cancelled and outcome.ends.get(name) == "cancelled":
             whole = whole[: len(tokens)]
         if tokens != whole:
-            said.append(f"{name}: {tokens}, not {whole}")
+            ended = f"{outcome.ends.get(name)} {outcome.details.get(name)}"
+            said.append(f"{name}: {tokens}, not {whole}; it ended: {ended}")
         elif outcome.ends.get(name) not in ("length", "stop", "cancelled"):
             said.append(f"{name}: {outcome.ends.get(name)} {outcome.details.get(name)}")
     return said

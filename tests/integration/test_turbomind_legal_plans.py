@@ -59,7 +59,7 @@ def test_tokens_of_legal_plans_are_exact_and_nothing_is_computed_that_is_not_pla
     check(child, serving)
 
 
-# No shrinking: a serving that depends on timing cannot be made smaller, and each try takes a serving.
+# No shrinking: what depends on timing cannot be made smaller, and each try takes a serving.
 @pytest.mark.slow
 @pytest.mark.xfail(
     strict=False,
