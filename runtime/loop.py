@@ -635,6 +635,8 @@ class Loop:
         if serving := self._on(event.instance, event.request_id):
             serving.preemptions += 1
             self._table.preempted(serving.row)
+            if event.is_forgotten:
+                serving.known_on = None
             self._go_on_waiting(serving, event.kept_tokens)
 
     def _kv_cached(self, event: KVCached) -> None:

@@ -519,18 +519,36 @@ def short_of_room() -> dict[str, Any]:
 
 
 def _to_the_end(one: TurboMindEngine, asked: list[Request]) -> list[Event]:
-    """Plan after plan until all requests have ended."""
+    """Plan after plan until all requests have ended; one that is forgotten is sent again."""
     events: list[Event] = []
-    waiting = {r.id: 0 for r in asked}
+    waiting, unsent, base = {r.id: 0 for r in asked}, asked, {r.id: 0 for r in asked}
     for number in itertools.count():
         given = _next_plan(f"p{number}", asked, events, waiting)
-        one.submit(given, asked if number == 0 else [])
-        events += hear(one, until=done(given.plan_id))
+        one.submit(given, unsent)
+        new = hear(one, until=done(given.plan_id))
+        events += [_counted_from(base, event) for event in new]
         ended = {id for step in steps(events) for id, _ in step.finished}
         waiting = {id: _computed(events, id) for id in waiting.keys() - ended}
         if not waiting:
             break
+        lost = {e.request_id for e in new if isinstance(e, Preempted) and e.is_forgotten}
+        said = {id: outputs(events).get(id, []) for id in lost}
+        base |= {id: len(tokens) for id, tokens in said.items()}
+        unsent = [_going_on(r, said[r.id]) for r in asked if r.id in lost]
     return events
+
+
+def _going_on(r: Request, output: list[int]) -> Request:
+    left = (r.max_output_tokens or 0) - len(output)
+    return msgspec.structs.replace(r, prompt=(*r.prompt, *output), max_output_tokens=left)
+
+
+def _counted_from(base: Mapping[str, int], event: Event) -> Event:
+    """The same, with tokens counted from the beginning of each request's output."""
+    if not isinstance(event, StepReport):
+        return event
+    tokens = tuple((id, base[id] + index, token) for id, index, token in event.tokens)
+    return msgspec.structs.replace(event, tokens=tokens)
 
 
 def _next_plan(

@@ -137,12 +137,15 @@ class Preempted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request's blocks were freed; its output stays.
 
     kept_tokens: of its first tokens the instance keeps the KV in host memory, and computes only
-    those after them when the request goes on there; 0: it starts over.
+    those after them when the request goes on there; 0: it starts over. is_forgotten: the instance
+    took the blocks by itself and knows the request no more, so that no plan made before this was
+    heard can have it go on: it is to be sent again.
     """
 
     instance: str
     request_id: str
     kept_tokens: int = 0
+    is_forgotten: bool = False
 
 
 class KVCached(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -186,7 +189,8 @@ class Engine(Protocol):
 
     submit: the requests are those that a row of the plan names and the instance has not seen.
     A newer plan supersedes the rest of the older at the next step boundary: rows that it does not
-    name keep their KV and compute nothing.
+    name keep their KV and compute nothing. What is here of a request that it imports, without KV
+    in blocks, was before the request was placed elsewhere: that is forgotten, and its KV awaited.
     receive: KV that another instance exported, for a request that a plan here imports, or will.
     poll: what happened since; waits up to timeout_s for something to. An engine without a thread
     or process of its own computes its next step in here. One with them, which may have something

@@ -358,6 +358,9 @@ class Echo:
             return
         self._progress = progress = _Progress(plan)
         self._preempt(plan)
+        for request_id in progress.imports:  # what it was here before it was placed elsewhere
+            if (row := self._rows.get(request_id)) and not row.computed_tokens:
+                del self._rows[request_id]
         self._reserve(progress)
         for request_id in plan.request_ids:
             known = (self._rows, self._handles, self._departed, progress.imports)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,19 @@ import pytest
 
 from sagec.cli import main
 from sagec.compiler import Compiler
-from sagec.runtime.engines import known
+from sagec.runtime.engines import (
+    Cancelled,
+    Engine,
+    Event,
+    InstanceSpec,
+    PlanDone,
+    Preempted,
+    create,
+    known,
+)
+from sagec.runtime.plan import RECOMPUTE, SWAP
+from sagec.runtime.request import Request
+from tests.torch_engines import plan
 
 MODEL = """\
 cluster.model @m {{layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112,
@@ -177,3 +190,44 @@ def generated(prompt: tuple[int, ...], limit: int | None) -> list[int]:
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
+
+
+@pytest.mark.parametrize("how", [RECOMPUTE, SWAP], ids=["recompute", "swap"])
+@pytest.mark.parametrize("engine", known())
+def test_who_was_here_before_does_not_go_on_while_its_kv_is_awaited(engine: str, how: int) -> None:
+    """A request loses its place and is placed elsewhere; its old self must not take the room."""
+    options = {"maths": "toy"} if engine == "turbomind" else {}
+    spec = InstanceSpec(
+        id="d0",
+        engine=engine,
+        model=path_of(engine),
+        kv_blocks=16,
+        block_tokens=16,
+        options=options,
+    )
+    one = create(spec)
+    try:
+        given = {"chunks": [(0, "a", 0, 20)], "decodes": {"a": 24}, "kv_blocks": {"a": 3}}
+        here = plan("d0", {"a": 20}, plan_id="here", **given)
+        one.submit(here, [Request(id="a", prompt=tuple(range(20)), max_output_tokens=30)])
+        events = polled(one, "here")
+        one.submit(plan("d0", {"a": 25}, preemptions={"a": how}, plan_id="out"))
+        events += polled(one, "out")
+        assert [event.request_id for event in events if isinstance(event, Preempted)] == ["a"]
+        coming = {"imports": {"a": "p0"}, "decodes": {"a": 99}, "kv_blocks": {"a": 7}}
+        one.submit(plan("d0", {"a": 25}, plan_id="awaits", **coming))
+        assert [event for _ in range(20) for event in one.poll(0.005)] == []
+        one.cancel("a")
+        assert {type(event) for event in polled(one, "awaits")} == {Cancelled, PlanDone}
+    finally:
+        one.close()
+
+
+def polled(one: Engine, plan_id: str) -> list[Event]:
+    """What an engine tells until a plan is done."""
+    events: list[Event] = []
+    until_s = time.monotonic() + 60
+    while not any(isinstance(event, PlanDone) and event.plan_id == plan_id for event in events):
+        assert time.monotonic() < until_s, f"{plan_id} is not done after {events[-3:]}"
+        events += one.poll(0.01)
+    return events

@@ -6,7 +6,6 @@ token depends on the KV of all tokens before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -20,13 +19,6 @@ from tests.turbomind_child import Child
 from tests.turbomind_here import needs_turbomind
 
 pytestmark = needs_turbomind
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    started = Child()
-    yield started
-    started.close()
 
 
 def happens(child: Child, scenario: str, **arguments: Any) -> Any:

@@ -6,7 +6,6 @@ of its own; a run that kills it fails with its case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,13 +43,6 @@ CASES = st.fixed_dictionaries(
         "stalls": st.booleans(),
     }
 )
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.close()
 
 
 def check(child: Child, case: dict[str, Any]) -> None:

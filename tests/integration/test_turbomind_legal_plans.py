@@ -6,11 +6,9 @@ the serving it happened in; see `tests/turbomind_plans.py` for what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, event, given, settings
 
 from sagec.runtime.engines.turbomind.toy.reference import generate
 from tests.turbomind_child import Child
@@ -21,13 +19,6 @@ pytestmark = needs_turbomind
 
 NO_HURRY_US = 120_000_000
 """A deadline that no loop on a busy machine misses: each step is to be one that a plan decided."""
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    started = Child()
-    yield started
-    started.close()
 
 
 def served(child: Child, serving: Serving) -> Outcome:
@@ -59,19 +50,8 @@ def test_tokens_of_legal_plans_are_exact_and_nothing_is_computed_that_is_not_pla
     check(child, serving)
 
 
-# No shrinking: what depends on timing cannot be made smaller, and each try takes a serving.
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False,
-    reason="seldom (tp 2, a tiny pool, prefix cache, a busy machine) a request ends as failed when "
-    "its attempts are used up; its tokens are right as far as they go",
-)
-@settings(
-    max_examples=600,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(serving=servings(most_requests=14))
 def test_over_thousands_of_steps(child: Child, serving: Serving) -> None:
     check(child, serving)

@@ -6,7 +6,6 @@ own; a run that kills it fails with its case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,13 +40,6 @@ CASES = st.fixed_dictionaries(
     }
 )
 """The largest request needs eight blocks of 16 tokens."""
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.close()
 
 
 def unhurried(max_examples: int) -> Any:

@@ -50,13 +50,6 @@ def played() -> Iterator[Any]:
             yield pytest.param(name, arguments, id=f"{name}-{values}" if values else name)
 
 
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.close()
-
-
 @pytest.mark.parametrize(("scenario", "arguments"), [*played()])
 def test_under_the_patches(child: Child, scenario: str, arguments: dict[str, Any]) -> None:
     child.call(MODULE, scenario, **arguments)

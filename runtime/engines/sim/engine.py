@@ -239,6 +239,10 @@ class SimEngine:
             raise PlanError(f"plan {plan.plan_id}: for {plan.target_instance_id!r}, not {self._id}")
         self._running = running = RunningPlan(plan)
         self._preempt(plan)
+        for request_id in running.imports:  # what it was here before it was placed elsewhere
+            row = self._residents.rows.get(request_id)
+            if row is not None and (row.swapped or not row.computed):
+                self._residents.drop(request_id)
         self._residents.evict(plan.evictions.block_hash.tolist())
         self._residents.keep_only(running.kv_blocks)
         for request_id in plan.request_ids:

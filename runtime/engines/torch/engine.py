@@ -185,6 +185,7 @@ class TorchEngine:
         self._running = PlanCursor(plan)
         self._preempt(plan)
         self._migrate(plan)
+        self._forget_older(self._running)
         self._reserve(self._running)
         self._refuse_unknown(self._running)
 
@@ -225,6 +226,13 @@ class TorchEngine:
             cache.evict(plan.evictions.block_hash.tolist())
             columns = (moves.block_hash, moves.source_tier, moves.target_tier)
             cache.migrate(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _forget_older(self, running: PlanCursor[Row]) -> None:
+        """Drop what requests were here before they were placed elsewhere, whence their KV comes."""
+        rows = self._residents.rows
+        for row in [rows[id] for id in running.imported_ids if id in rows]:
+            if row.host_kv is not None or not row.started:
+                self._residents.drop(row)
 
     def _reserve(self, running: PlanCursor[Row]) -> None:
         """Give back blocks that the plan does not reserve, then take those that it does.

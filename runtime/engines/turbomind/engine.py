@@ -195,6 +195,7 @@ class TurboMindEngine:
         """
         running = self._running = Running(plan, next(self._plan_numbers))
         self._preempt(plan)
+        self._forget_older(running)
         self._refuse_impossible(running)
         self._residents.expect_nobody()
         running.sessions = {id: self._residents.session_for(id) for id in plan.request_ids}
@@ -221,16 +222,21 @@ class TurboMindEngine:
         rows = (plan.preemptions.row.tolist(), plan.preemptions.how.tolist())
         for index, how in zip(*rows, strict=True):
             if row := self._residents.rows.get(plan.request_ids[index]):
-                self._preempt_row(row, keeps_kv=how == SWAP)
-
-    def _preempt_row(self, row: Row, *, keeps_kv: bool) -> None:
-        if not keeps_kv:
-            self._residents.forget_kept(row)
-        self._residents.end(row, lambda: self._tell_preempted(row), keeps_kv=keeps_kv)
+                if how != SWAP:
+                    self._residents.forget_kept(row)
+                told = functools.partial(self._tell_preempted, row)
+                self._residents.end(row, told, keeps_kv=how == SWAP)
 
     def _tell_preempted(self, row: Row) -> None:
         row.arrived, row.reused = None, 0
         self._tell(Preempted(instance=self._id, request_id=row.id, kept_tokens=row.kept_tokens))
+
+    def _forget_older(self, running: Running) -> None:
+        """Drop what requests were here before they were placed elsewhere, whence their KV comes."""
+        rows = self._residents.rows
+        for row in [rows[id] for id in running.imported_ids if id in rows]:
+            if row.can_begin:
+                self._residents.drop(row)
 
     def _refuse_impossible(self, running: Running) -> None:
         """Fail what the plan names though nobody sent it, or whose chunks cannot be computed."""
@@ -394,11 +400,19 @@ class TurboMindEngine:
             self._running.is_over = True
 
     def _lost_kv(self, event: native.LostKV) -> None:
-        """TurboMind took a row's blocks for others: whoever plans is to compute it again."""
-        if row := self._residents.here(event.session):
-            row.computed = event.after
-            if row.live is not None:
-                self._preempt_row(row, keeps_kv=False)
+        """TurboMind took a row's blocks for others.
+
+        It is forgotten, or it could begin again by a plan made before its loss was heard of, and
+        who had that plan made would not take its tokens.
+        """
+        row = self._residents.here(event.session)
+        if row is None:
+            return
+        row.computed = event.after
+        if row.live is not None:  # otherwise it is told to end already, and that is to be told
+            self._residents.drop(row)
+            self._gone[row.id] = self._num_plans
+            self._tell(Preempted(instance=self._id, request_id=row.id, is_forgotten=True))
 
     def _erased(self, event: native.Erased) -> None:
         self._residents.erase(event.session)
