@@ -18,6 +18,7 @@ from xdsl.utils.target import Target
 
 _DIALECT_HOMES = {
     "cluster": "dialects.cluster:Cluster",
+    "exec": "dialects.exec:Exec",
     "kv": "dialects.kv:KV",
     "pd": "dialects.pd:PD",
 }

@@ -23,7 +23,10 @@ PAGES = sorted(
     path for path in (ROOT / "tests" / "filecheck").rglob("*") if path.suffix in (".mlir", ".sage")
 )
 
-SEAM = tuple(f"sagec.runtime.{name}" for name in ("plan", "plan_text", "clock", "request", "cost"))
+SEAM = tuple(
+    f"sagec.runtime.{name}"
+    for name in ("plan", "plan_text", "clock", "request", "cost", "roofline")
+)
 """What the compiler may know of the runtime: data, and how long things take."""
 
 FLOORS = {
