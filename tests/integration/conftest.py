@@ -9,9 +9,12 @@ import pytest
 from tests.turbomind_child import Child
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    """A process that runs TurboMind, for all tests; it starts when first called."""
+    """A process that runs TurboMind, for the tests of a file; it starts when first called.
+
+    What those of another file left running in it would stand in the toy's trace.
+    """
     child = Child()
     yield child
     child.close()
