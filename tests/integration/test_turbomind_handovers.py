@@ -12,7 +12,7 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.integration.test_turbomind_random import unhurried
+from tests.integration.test_turbomind_random import cases, unhurried
 from tests.turbomind_child import Child
 from tests.turbomind_handovers import FATES
 from tests.turbomind_here import needs_turbomind
@@ -29,20 +29,7 @@ REQUESTS = st.tuples(
     LEGS,
 )
 
-CASES = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 2**32),
-        "requests": st.lists(REQUESTS, min_size=3, max_size=10),
-        "kv_blocks": st.sampled_from([8, 9, 12, 20, 120]),
-        "prefix_cache": st.booleans(),
-        "tp": st.sampled_from([1, 1, 1, 2]),
-        "step_tokens": st.sampled_from([64, 256]),
-        "max_batch": st.sampled_from([1, 4, 16]),
-        "strict": st.booleans(),
-        "wild": st.booleans(),
-        "stalls": st.booleans(),
-    }
-)
+CASES = cases(REQUESTS, 3, 10)
 
 
 def check(child: Child, case: dict[str, Any]) -> None:

@@ -25,21 +25,26 @@ REQUESTS = st.tuples(
     st.one_of(st.just(0), st.just(0), st.integers(1, 80)),  # the question at which it is cancelled
 )
 
-CASES = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 2**32),
-        "requests": st.lists(REQUESTS, min_size=4, max_size=12),
-        "kv_blocks": st.sampled_from([8, 9, 12, 20, 120]),
-        "prefix_cache": st.booleans(),
-        "tp": st.sampled_from([1, 1, 1, 2]),
-        "step_tokens": st.sampled_from([64, 256]),
-        "max_batch": st.sampled_from([1, 4, 16]),
-        "strict": st.booleans(),
-        "wild": st.booleans(),
-        "stalls": st.booleans(),
-    }
-)
-"""The largest request needs eight blocks of 16 tokens."""
+
+def cases(requests: st.SearchStrategy[Any], least: int, most: int) -> st.SearchStrategy[Any]:
+    """Any instance, and so many requests for it; the largest needs eight blocks of 16 tokens."""
+    return st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**32),
+            "requests": st.lists(requests, min_size=least, max_size=most),
+            "kv_blocks": st.sampled_from([8, 9, 12, 20, 120]),
+            "prefix_cache": st.booleans(),
+            "tp": st.sampled_from([1, 1, 1, 2]),
+            "step_tokens": st.sampled_from([64, 256]),
+            "max_batch": st.sampled_from([1, 4, 16]),
+            "strict": st.booleans(),
+            "wild": st.booleans(),
+            "stalls": st.booleans(),
+        }
+    )
+
+
+CASES = cases(REQUESTS, 4, 12)
 
 
 def unhurried(max_examples: int) -> Any:
