@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from charts import bar_chart, line_chart
 from tables import machine, machine_line, show, table_of, write
 
+from sagec.charts import bar_chart, line_chart
 from sagec.language.traces import MOONCAKE_BLOCK_TOKENS, Recorded, read_trace
 from sagec.runtime.kv.lifetime import LifetimePredictor
 from sagec.runtime.kv.migration import DEVICE, DISK, HOST, TIERS, Candidates, CostBenefit

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import charts
 import numpy as np
 import tables
 
+from sagec import charts
 from sagec.compiler import Compiler
 from sagec.language.traces import Recorded, read_trace
 from sagec.passes.topology import Instance as Placed

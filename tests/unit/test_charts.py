@@ -1,31 +1,15 @@
-"""Charts of the benchmarks: well-formed SVG with everything in its frame."""
+"""Charts: well-formed SVG with everything in its frame."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-
-def loaded() -> ModuleType:
-    """benchmarks/charts.py, which is no part of a package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "charts.py"
-    spec = importlib.util.spec_from_file_location("benchmark_charts", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-charts = loaded()
-line_chart, bar_chart = charts.line_chart, charts.bar_chart
+from sagec import charts
+from sagec.charts import bar_chart, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 NUMBERS = st.floats(-1e9, 1e9) | st.integers(0, 5)
