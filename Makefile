@@ -20,13 +20,14 @@ TEST_FLAGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench docs docs-check clean
+.PHONY: help install demo test test-all lint bench gate docs docs-check clean
 
 help:
 	@echo "make demo      serve two examples: text as it streams, tables, pictures, an explanation"
 	@echo "make test      all tests but the slow ones; make test-all runs those too"
 	@echo "make lint      ruff, mypy, clang-format; compilers with warnings as errors"
 	@echo "make bench     the benchmarks; tables on the screen, JSON and Markdown in out/"
+	@echo "make gate      whether a change made simulated serving worse than the stored baseline"
 	@echo "make docs      write what is generated in docs/"
 	@echo "make clean     remove what was made, the environment too"
 
@@ -78,6 +79,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/hooks.py
+
+gate: $(INSTALLED)
+	@mkdir -p out
+	$(BIN)/python benchmarks/gate.py --report out/gate.md
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

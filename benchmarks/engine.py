@@ -1,10 +1,11 @@
-"""Output tokens/s of the torch engine and of transformers' generate, side by side in one run.
+"""Output tokens/s of the torch engine, its generated code and its hand-written layers, and of
+transformers' generate, side by side in one run.
 
     taskset -c 0 python benchmarks/engine.py --out out/engine
 
 One model of 28 M parameters, made on the spot; prompts of one length, so that generate pads
-nothing; greedy; prefill included. The two sides take turns, and each figure is the median of its
-turns; the ratio is the median of the ratios of neighbouring turns.
+nothing; greedy; prefill included. The sides take turns, and each figure is the median of its
+turns; ratios are medians of the ratios of neighbouring turns.
 """
 
 import argparse
@@ -20,9 +21,13 @@ import numpy as np
 import tables
 import torch
 
+from sagec.lowering.execution_graph_builder import ExecutionGraphBuilder, Hardware, Parallel
+from sagec.lowering.torch_source import program_of
+from sagec.passes.topology import Model
 from sagec.runtime.engines import Engine, InstanceSpec, StepReport, create
 from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, Rows
 from sagec.runtime.request import Request
+from sagec.runtime.roofline import Device, Link
 
 BATCHES = (1, 8, 32)
 DTYPES = ("float32", "bfloat16")
@@ -31,11 +36,14 @@ VOCAB, BLOCK_TOKENS = 8192, 16
 
 @dataclass(frozen=True)
 class Result:
-    """Medians of one batch size and dtype; ratio is ours over theirs."""
+    """Medians of one batch size and dtype; ratio is ours over theirs, handwritten_ratio generated
+    code over hand-written layers."""
 
     dtype: str
     batch: int
     sagec_tokens_per_s: float
+    handwritten_tokens_per_s: float
+    handwritten_ratio: float
     transformers_tokens_per_s: float
     ratio: float
     least_ratio: float
@@ -65,10 +73,43 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-class Sagec:
-    """Our side: a plan for all requests, polled to its end."""
+def make_program(folder: Path) -> Path:
+    """Generate the code for the model; the file lies beside it."""
+    model = Model(
+        name="m",
+        layers=8,
+        hidden=512,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        ffn=1408,
+        vocab=VOCAB,
+        dtype="f32",
+        max_context=2048,
+        experts=0,
+        experts_per_token=0,
+        tied=1,
+        path=str(folder),
+    )
+    parallel = Parallel()
+    hardware = Hardware.uniform(parallel, Device(2e10, 1e10), Link(1e10, 10.0))
+    builder = ExecutionGraphBuilder(model, parallel, hardware)
+    graphs = [
+        builder.build_prefill_graph([(0, 64)]),
+        builder.build_decode_graph([64]),
+        builder.build_hybrid_graph([(0, 64)], [64]),
+    ]
+    path = folder / "program.py"
+    path.write_text(program_of([graph.op for graph in graphs]), encoding="utf-8")
+    return path
 
-    def __init__(self, folder: Path, dtype: str, tokens: int, threads: int, native: str) -> None:
+
+class Sagec:
+    """Our side: a plan for all requests, polled to its end. program: "off" is hand-written."""
+
+    def __init__(
+        self, folder: Path, dtype: str, tokens: int, threads: int, native: str, program: str
+    ) -> None:
         self._blocks = -(-tokens // BLOCK_TOKENS)
         spec = InstanceSpec(
             id="i0",
@@ -76,7 +117,12 @@ class Sagec:
             model=str(folder),
             kv_blocks=self._blocks * max(BATCHES),
             block_tokens=BLOCK_TOKENS,
-            options={"dtype": dtype, "threads": str(threads), "native": native},
+            options={
+                "dtype": dtype,
+                "threads": str(threads),
+                "native": native,
+                "program": program,
+            },
         )
         self._engine: Engine = create(spec)
         self.first_token_s = 0.0
@@ -91,7 +137,7 @@ class Sagec:
         ]
         found: dict[str, list[int]] = {id: [] for id in ids}
         begin_s = time.perf_counter()
-        self._engine.submit(self._plan(ids, length, num_tokens), requests)
+        self._engine.submit(plan_of(ids, length, num_tokens, self._blocks), requests)
         while events := self._engine.poll():
             for event in events:
                 if isinstance(event, StepReport):
@@ -101,25 +147,30 @@ class Sagec:
                         self.first_token_s = time.perf_counter() - begin_s
         return list(found.values())
 
-    def _plan(self, ids: Sequence[str], length: int, num_tokens: int) -> ExecutionPlan:
-        rows, ones = np.arange(len(ids)), np.ones(len(ids), np.int64)
-        return ExecutionPlan(
-            plan_id="all",
-            round=0,
-            target_instance_id="i0",
-            mode="hybrid",
-            num_steps=num_tokens,
-            max_step_tokens=length * len(ids),
-            request_ids=tuple(ids),
-            rows=Rows(
-                prompt_tokens=ones * length,
-                computed_tokens=ones * 0,
-                kv_blocks=ones * self._blocks,
-                deadline_us=ones * 0,
-            ),
-            chunks=Chunks(step=ones * 0, row=rows, begin=ones * 0, end=ones * length, samples=ones),
-            decodes=Decodes(row=rows, begin_step=ones, until_tokens=ones * (length + num_tokens)),
-        )
+
+def plan_of(ids: Sequence[str], length: int, num_tokens: int, blocks: int) -> ExecutionPlan:
+    """All prompts in one step, then decodes until each request has `num_tokens`.
+
+    length: tokens of each prompt; blocks: of KV that each request holds.
+    """
+    rows, ones = np.arange(len(ids)), np.ones(len(ids), np.int64)
+    return ExecutionPlan(
+        plan_id="all",
+        round=0,
+        target_instance_id="i0",
+        mode="hybrid",
+        num_steps=num_tokens,
+        max_step_tokens=length * len(ids),
+        request_ids=tuple(ids),
+        rows=Rows(
+            prompt_tokens=ones * length,
+            computed_tokens=ones * 0,
+            kv_blocks=ones * blocks,
+            deadline_us=ones * 0,
+        ),
+        chunks=Chunks(step=ones * 0, row=rows, begin=ones * 0, end=ones * length, samples=ones),
+        decodes=Decodes(row=rows, begin_step=ones, until_tokens=ones * (length + num_tokens)),
+    )
 
 
 class Transformers:
@@ -146,26 +197,34 @@ class Transformers:
         return tokens
 
 
-def measure(ours: Sagec, theirs: Transformers, dtype: str, batch: int, args: Any) -> Result:
+def measure(
+    ours: Sagec, handwritten: Sagec, theirs: Transformers, dtype: str, batch: int, args: Any
+) -> Result:
     """Take turns `args.turns` times, after one turn each to warm up."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(VOCAB, (batch, args.prompt), generator=generator)
     left, right = ours.generate(prompts, args.output), theirs.generate(prompts, args.output)
+    if handwritten.generate(prompts, args.output) != left:
+        raise SystemExit(f"{dtype}, batch {batch}: generated code gives other tokens")
     same = sum(a == b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
-    seconds: dict[Any, list[float]] = {ours: [], theirs: []}
+    sides = (theirs, ours, handwritten)
+    seconds: dict[Any, list[float]] = {side: [] for side in sides}
     first_s = []
     for turn in range(args.turns):
-        for side in (ours, theirs) if turn % 2 else (theirs, ours):
+        for side in sides[::-1] if turn % 2 else sides:
             begin_s = time.perf_counter()
             side.generate(prompts, args.output)
             seconds[side].append(time.perf_counter() - begin_s)
         first_s.append(ours.first_token_s)
     ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    own = [b / a for a, b in zip(seconds[ours], seconds[handwritten], strict=True)]
     tokens = batch * args.output
     return Result(
         dtype=dtype,
         batch=batch,
         sagec_tokens_per_s=round(tokens / statistics.median(seconds[ours]), 1),
+        handwritten_tokens_per_s=round(tokens / statistics.median(seconds[handwritten]), 1),
+        handwritten_ratio=round(statistics.median(own), 3),
         transformers_tokens_per_s=round(tokens / statistics.median(seconds[theirs]), 1),
         ratio=round(statistics.median(ratios), 2),
         least_ratio=round(min(ratios), 2),
@@ -194,6 +253,8 @@ HEADS = (
     "dtype",
     "batch",
     "sagec tokens/s",
+    "hand-written tokens/s",
+    "ratio to it",
     "transformers tokens/s",
     "ratio",
     "least ratio",
@@ -209,6 +270,8 @@ def markdown(where: dict[str, Any], results: Sequence[Result]) -> str:
             r.dtype,
             r.batch,
             r.sagec_tokens_per_s,
+            r.handwritten_tokens_per_s,
+            r.handwritten_ratio,
             r.transformers_tokens_per_s,
             r.ratio,
             r.least_ratio,
@@ -244,11 +307,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder)
+        program = str(make_program(folder))
         for dtype in args.dtypes:
-            ours = Sagec(folder, dtype, args.prompt + args.output, args.threads, args.native)
+            told = (folder, dtype, args.prompt + args.output, args.threads, args.native)
+            ours, handwritten = Sagec(*told, program), Sagec(*told, "off")
             theirs = Transformers(folder, dtype)
             for batch in args.batches:
-                results.append(measure(ours, theirs, dtype, batch, args))
+                results.append(measure(ours, handwritten, theirs, dtype, batch, args))
                 print(results[-1], flush=True)
     where = machine(args)
     text = markdown(where, results)

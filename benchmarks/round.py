@@ -4,10 +4,11 @@
 
 A round is what `CompilingPlanner` does between a strategy's decision and the plans on the wire:
 build the graph, run each pass of the pipeline `round`, lower, encode as msgpack, drop the graph.
-It is repeated on the same state; medians and 99th percentiles in microseconds of wall time, and of
-the total also of this thread's CPU time, which says more where other programs run. Then what each
-strategy's `decide` takes, and the whole round with what it decided. An offline compile reads a
-file, runs the pipeline `serve`, lowers and encodes.
+Beside it the direct planner makes the same plans without a graph. Both are repeated on the same
+state; medians and 99th percentiles in microseconds of wall time, and of the total also of this
+thread's CPU time, which says more where other programs run. Then what each strategy's `decide`
+takes, and the whole round with what it decided. An offline compile reads a file, runs the pipeline
+`serve`, lowers and encodes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import xdsl
 from sagec.compiler import Compiler, passes_of
 from sagec.lowering.execution_plan import plans_of
 from sagec.pipelines import PIPELINES
-from sagec.planner import CompilingPlanner
+from sagec.planner import CompilingPlanner, DirectFirstPlanner, Planner
 from sagec.runtime import strategies
 from sagec.runtime.plan import encode
 from sagec.runtime.request import Request
@@ -61,7 +62,8 @@ RUNNING, CHANGED = (100, 1_000, 10_000), 64
 
 @dataclass(frozen=True)
 class Round:
-    """A round of one size. stages_us: median and 99th percentile of each, in order."""
+    """A round of one size. stages_us: median and 99th percentile of each, in order. direct: medians
+    of the same round, planned without IR."""
 
     cluster: str
     residents: int
@@ -69,6 +71,8 @@ class Round:
     median_us: float
     p99_us: float
     cpu_median_us: float
+    direct_us: float
+    direct_cpu_us: float
     stages_us: dict[str, tuple[float, float]]
 
 
@@ -196,21 +200,26 @@ def staged_round(
     watch.lap("drop")
 
 
+def timed(planner: Planner, state: State, decision: Decision) -> tuple[float, float]:
+    """Seconds of wall and of CPU that a round takes, with the encoding of its plans."""
+    begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
+    for plan in planner.plan(state, decision):
+        encode(plan)
+    cpu_s = time.thread_time() - begin_cpu_s
+    return time.perf_counter() - begin_s, cpu_s
+
+
 def measure_round(cluster: str, residents: int, waiting: int, rounds: int) -> Round:
     """Whole rounds and staged ones, in turn."""
     roles = CLUSTERS[cluster]
     planner, state = planner_of(roles), state_of(roles, residents, waiting)
     decision = Decision.admit(np.arange(waiting), state.waiting)
-    watch = Stopwatch()
-    wall_s: list[float] = []
-    cpu_s: list[float] = []
+    direct, watch = DirectFirstPlanner(planner), Stopwatch()
+    took: list[tuple[float, ...]] = []
     for _ in range(rounds):
-        begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
-        for plan in planner.plan(state, decision):
-            encode(plan)
-        cpu_s.append(time.thread_time() - begin_cpu_s)
-        wall_s.append(time.perf_counter() - begin_s)
+        took.append((*timed(planner, state, decision), *timed(direct, state, decision)))
         staged_round(planner, state, decision, watch)
+    wall_s, cpu_s, direct_s, direct_cpu_s = zip(*took, strict=True)
     return Round(
         cluster=cluster,
         residents=residents,
@@ -218,6 +227,8 @@ def measure_round(cluster: str, residents: int, waiting: int, rounds: int) -> Ro
         median_us=_us(statistics.median(wall_s)),
         p99_us=_us(_p99(wall_s)),
         cpu_median_us=_us(statistics.median(cpu_s)),
+        direct_us=_us(statistics.median(direct_s)),
+        direct_cpu_us=_us(statistics.median(direct_cpu_s)),
         stages_us={
             stage: (_us(statistics.median(seconds)), _us(_p99(seconds)))
             for stage, seconds in watch.seconds.items()
@@ -415,9 +426,19 @@ def report(
 
 def round_parts(rounds: Sequence[Round]) -> list[str]:
     """Totals of every size, and the stages of the largest."""
-    heads = ("cluster", "residents", "waiting", "median", "p99", "CPU median")
+    heads = ("cluster", "residents", "waiting", "IR median", "p99", "CPU", "direct median", "CPU")
     totals = [
-        (r.cluster, r.residents, r.waiting, r.median_us, r.p99_us, r.cpu_median_us) for r in rounds
+        (
+            r.cluster,
+            r.residents,
+            r.waiting,
+            r.median_us,
+            r.p99_us,
+            r.cpu_median_us,
+            r.direct_us,
+            r.direct_cpu_us,
+        )
+        for r in rounds
     ]
     most = max((r.residents, r.waiting) for r in rounds)
     largest = [r for r in rounds if (r.residents, r.waiting) == most]

@@ -17,7 +17,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,14 +211,13 @@ def simulate(workload: Workload, strategy: str) -> Result:
 
 def simulated(placed: Placed, caches: bool) -> InstanceSpec:
     """A simulated instance of what the file describes."""
-    options = {field.name: repr(getattr(placed.cost, field.name)) for field in fields(placed.cost)}
     return InstanceSpec(
         id=placed.name,
         engine="sim",
         model="",
         kv_blocks=placed.kv_blocks,
         block_tokens=placed.block_tokens,
-        options={**options, "prefix_cache": "on" if caches else "off"},
+        options={**placed.cost.to_options(), "prefix_cache": "on" if caches else "off"},
     )
 
 

@@ -67,6 +67,7 @@ DEVICE_SCALARS: Scalars = (
     Scalar("memory_bytes", "memory for weights and KV", 16 << 30, least=1),
     Scalar("flops_per_s", "arithmetic in the weights' type", 1e12, least=1),
     Scalar("bytes_per_s", "memory bandwidth", 2e10, least=1),
+    Scalar("profile", "file of measured steps, which then decide their time", ""),
 )
 
 LINK_SCALARS: Scalars = (

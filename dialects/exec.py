@@ -30,6 +30,7 @@ from xdsl.irdl import (
     irdl_op_definition,
     operand_def,
     opt_operand_def,
+    opt_prop_def,
     prop_def,
     region_def,
     result_def,
@@ -50,13 +51,14 @@ from sagec.dialects.scalars import (
     Scalars,
     Value,
     declares,
+    opens_scalars,
     parse_scalars,
     print_scalars,
     properties_of,
     scalar_of,
     verify_scalars,
 )
-from sagec.dialects.text import TextOp, parse_operands, type_above
+from sagec.dialects.text import TextOp, parse_operands, resolve_typed
 
 COMPUTE, COMM, COPY = STREAMS = ("compute", "comm", "copy")
 """What goes on at the same time on one device: arithmetic, messages to others, copies of KV."""
@@ -72,6 +74,7 @@ _COSTS: Scalars = (
     Scalar("time_us", "how long it should take", 0.0),
     Scalar("flops", "arithmetic of one rank", 0.0),
     Scalar("bytes", "memory that one rank reads and writes, or sends", 0.0),
+    Scalar("in_place", "1 where results take the places of operands", 0, most=1),
 )
 """What every operator may say."""
 
@@ -144,12 +147,21 @@ def tensor_of(value: SSAValue) -> Tensor:
 class OperatorOp(TextOp):
     """An operator: `%s = exec.sample %l {time_us = 4.0} -> !exec.tensor<[16], i32, @g0>`.
 
-    Subclasses say in SCALARS and COLUMNS what else they are told, and in `check` what shapes fit.
+    The types of operands may stand before the arrow, behind a colon; they must where nothing above
+    says them. Subclasses say in SCALARS and COLUMNS what else they are told, and in `check` what
+    shapes fit.
     """
 
     SCALARS: ClassVar[Scalars] = _COSTS
     COLUMNS: ClassVar[tuple[str, ...]] = ()
     MOVES: ClassVar[bool] = False  # whether results may be on another device than operands
+    offsets = opt_prop_def(ColumnAttr)
+
+    @property
+    def offset_bytes(self) -> Ints | None:
+        """Where each result lies in the memory of its device; None where that is not planned."""
+        attr = self.properties.get("offsets")
+        return attr.array if isinstance(attr, ColumnAttr) else None
 
     @property
     def stream_name(self) -> str:
@@ -189,9 +201,10 @@ class OperatorOp(TextOp):
 
     def verify_(self) -> None:
         verify_scalars(self, self.SCALARS)
-        for name in self.COLUMNS:
-            if not isinstance(self.properties.get(name), ColumnAttr):
-                self.refuse(f"{name} is no #pd.column<...>")
+        offsets = self.offset_bytes
+        if offsets is not None and (len(offsets) != len(self.results) or (offsets < 0).any()):
+            self.refuse(f"{len(offsets)} offsets for {len(self.results)} results; one each, 0 or "
+                        "more")  # fmt: skip
         places = {tensor_of(value).device: None for value in (*self.operands, *self.results)}
         if len(places) > 1 and not self.MOVES:
             self.refuse(f"its tensors are on {' and '.join(map(symbol, places))}; only exec.send, "
@@ -228,21 +241,24 @@ class OperatorOp(TextOp):
             printer.print_string(f" {name} ")
             printer.print_attribute(self.properties[name])
         self.print_more(printer)
+        if "offsets" in self.properties:
+            printer.print_string(" offsets ")
+            printer.print_attribute(self.properties["offsets"])
         if self.results:
             printer.print_string(" -> ")
             printer.print_list([result.type for result in self.results], printer.print_attribute)
 
     @classmethod
     def parse_text(cls, parser: Parser) -> Self:
-        operands = []
-        if cls._takes_operands():
-            names = parse_operands(parser)
-            operands = [parser.resolve_operand(name, type_above(parser, name)) for name in names]
+        names = parse_operands(parser) if cls._takes_operands() else []
         properties = parse_scalars(parser, cls.SCALARS)
         for name in cls.COLUMNS:
             parser.parse_keyword(name, " and its column")
             properties[name] = parser.parse_attribute()
         properties |= cls.parse_more(parser)
+        if parser.parse_optional_keyword("offsets"):
+            properties["offsets"] = parser.parse_attribute()
+        operands = resolve_typed(parser, names) if names else ()
         results: Sequence[Attribute] = ()
         if parser.parse_optional_punctuation("->"):
             results = parser.parse_comma_separated_list(parser.Delimiter.NONE, parser.parse_type)
@@ -302,7 +318,11 @@ class InputOp(OperatorOp):
 @irdl_op_definition
 @declares(_COSTS)
 class EmbeddingOp(OperatorOp):
-    """Tokens [T] to the residual stream [T, hidden]."""
+    """Tokens [T] to the residual stream [T, hidden]:
+
+    `%hidden = exec.embedding %tokens
+      : !exec.tensor<[16], i32, @g0> -> !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.embedding"
     tokens = operand_def(TensorType)
@@ -317,8 +337,12 @@ class EmbeddingOp(OperatorOp):
 @irdl_op_definition
 @declares(_COSTS)
 class NormOp(OperatorOp):
-    """`%normed, %sum = exec.norm %hidden, %added`: the residual stream with what a layer adds, and
-    the sum normalised; without `%added` the sum is the stream as it was. All [T, hidden]."""
+    """The residual stream with what a layer adds, normalised, and the sum; where nothing is added,
+    the sum is the stream as it was. All [T, hidden].
+
+    `%normed, %sum = exec.norm %hidden : !exec.tensor<[16, 64], bf16, @g0>
+      -> !exec.tensor<[16, 64], bf16, @g0>, !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.norm"
     hidden = operand_def(TensorType)
@@ -337,7 +361,11 @@ class NormOp(OperatorOp):
 @irdl_op_definition
 @declares(_COSTS + _HEADS)
 class QKVOp(OperatorOp):
-    """Queries, keys and values: [T, hidden] to [T, (heads + 2 * kv_heads) * head_dim]."""
+    """Queries, keys and values: [T, hidden] to [T, (heads + 2 * kv_heads) * head_dim].
+
+    `%qkv = exec.qkv %normed {heads = 4, kv_heads = 2, head_dim = 16}
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[16, 128], bf16, @g0>`
+    """
 
     name = "exec.qkv"
     SCALARS: ClassVar[Scalars] = _COSTS + _HEADS
@@ -397,7 +425,12 @@ class AttentionOp(OperatorOp):
 @declares(_ATTENTION)
 class PrefillAttentionOp(AttentionOp):
     """Chunks of prompts, each the tokens [begin, end) of a request:
-    `%a, %new = exec.prefill_attention %qkv, %kv {...} begin #pd.column<0> end #pd.column<64>`"""
+
+    `%attended, %new = exec.prefill_attention %qkv, %kv {heads = 4, kv_heads = 2, head_dim = 16}
+      begin #pd.column<8> end #pd.column<24>
+      : !exec.tensor<[16, 128], bf16, @g0>, !exec.tensor<[8, 2, 2, 16], bf16, @g0>
+      -> !exec.tensor<[16, 64], bf16, @g0>, !exec.tensor<[16, 2, 2, 16], bf16, @g0>`
+    """
 
     name = "exec.prefill_attention"
     SCALARS: ClassVar[Scalars] = _ATTENTION
@@ -425,7 +458,12 @@ class PrefillAttentionOp(AttentionOp):
 @declares(_ATTENTION)
 class DecodeAttentionOp(AttentionOp):
     """One token of each request, which has `context` tokens of KV before it:
-    `%a, %new = exec.decode_attention %qkv, %kv {...} context #pd.column<811, 7>`"""
+
+    `%attended, %new = exec.decode_attention %qkv, %kv {heads = 4, kv_heads = 2, head_dim = 16}
+      context #pd.column<811, 7>
+      : !exec.tensor<[2, 128], bf16, @g0>, !exec.tensor<[818, 2, 2, 16], bf16, @g0>
+      -> !exec.tensor<[2, 64], bf16, @g0>, !exec.tensor<[2, 2, 2, 16], bf16, @g0>`
+    """
 
     name = "exec.decode_attention"
     SCALARS: ClassVar[Scalars] = _ATTENTION
@@ -449,7 +487,12 @@ class DecodeAttentionOp(AttentionOp):
 @declares(_COSTS)
 class ProjectionOp(OperatorOp):
     """What attention adds to the stream: parts [R, heads * head_dim], one under the other, to
-    [sum of R, hidden]."""
+    [sum of R, hidden].
+
+    `%added = exec.projection %prefilled, %decoded
+      : !exec.tensor<[16, 64], bf16, @g0>, !exec.tensor<[2, 64], bf16, @g0>
+      -> !exec.tensor<[18, 64], bf16, @g0>`
+    """
 
     name = "exec.projection"
     parts = var_operand_def(TensorType)
@@ -469,13 +512,18 @@ _FFN: Scalars = (
     Scalar("width", "of the hidden layer of one rank, or of one expert there", 0, True, least=1),
     Scalar("experts", "experts of one rank; 0 where the model is dense", 0),
     Scalar("experts_per_token", "experts that compute a token, on all ranks", 0),
+    Scalar("scratch", "where the memory begins that it needs for itself, as it is planned", 0),
 )
 
 
 @irdl_op_definition
 @declares(_FFN)
 class FFNOp(OperatorOp):
-    """The feed-forward layer, dense or of experts: [T, hidden] to [T, hidden]."""
+    """The feed-forward layer, dense or of experts: [T, hidden] to [T, hidden].
+
+    `%added = exec.ffn %normed {width = 112}
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.ffn"
     SCALARS: ClassVar[Scalars] = _FFN
@@ -493,7 +541,10 @@ class FFNOp(OperatorOp):
 @declares(_COSTS)
 class LMHeadOp(OperatorOp):
     """Logits [S, vocab of one rank] of the rows that sample:
-    `%logits = exec.lm_head %x rows #pd.column<15> -> ...`"""
+
+    `%logits = exec.lm_head %normed rows #pd.column<15>
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[1, 1024], bf16, @g0>`
+    """
 
     name = "exec.lm_head"
     COLUMNS: ClassVar[tuple[str, ...]] = ("rows",)
@@ -512,7 +563,11 @@ class LMHeadOp(OperatorOp):
 @irdl_op_definition
 @declares(_COSTS)
 class SampleOp(OperatorOp):
-    """The next tokens: logits [S, vocab] to [S]."""
+    """The next tokens: logits [S, vocab] to [S].
+
+    `%next = exec.sample %logits
+      : !exec.tensor<[1, 1024], bf16, @g0> -> !exec.tensor<[1], i32, @g0>`
+    """
 
     name = "exec.sample"
     logits = operand_def(TensorType)
@@ -526,7 +581,11 @@ class SampleOp(OperatorOp):
 @irdl_op_definition
 @declares((*_COSTS, _FIRST))
 class SliceOp(OperatorOp):
-    """Some rows, [first, first + R), so that micro-batches go their own ways."""
+    """Some rows, [first, first + R), so that micro-batches go their own ways:
+
+    `%part = exec.slice %whole {first = 8}
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[8, 64], bf16, @g0>`
+    """
 
     name = "exec.slice"
     SCALARS: ClassVar[Scalars] = (*_COSTS, _FIRST)
@@ -536,7 +595,9 @@ class SliceOp(OperatorOp):
     def check(self) -> None:
         whole, part = tensor_of(self.whole), tensor_of(self.part)
         first = self.number("first")
-        if not part.shape or first + part.shape[0] > whole.shape[0]:
+        if not whole.shape or not part.shape:
+            self.refuse("a tensor without dimensions has no rows")
+        if first + part.shape[0] > whole.shape[0]:
             self.refuse(f"rows [{first}, {first + part.shape[0]}) of {whole.shape[0]}")
         self.expect(self.part, (part.shape[0], *whole.shape[1:]), whole.dtype, "the result")
 
@@ -544,7 +605,12 @@ class SliceOp(OperatorOp):
 @irdl_op_definition
 @declares(_COSTS)
 class ConcatOp(OperatorOp):
-    """Rows one under the other: what `exec.slice` took apart."""
+    """Rows one under the other, as those that a slice took apart:
+
+    `%whole = exec.concat %front, %back
+      : !exec.tensor<[8, 64], bf16, @g0>, !exec.tensor<[8, 64], bf16, @g0>
+      -> !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.concat"
     parts = var_operand_def(TensorType)
@@ -552,6 +618,8 @@ class ConcatOp(OperatorOp):
 
     def check(self) -> None:
         parts = [tensor_of(part) for part in self.parts]
+        if not all(part.shape for part in parts):
+            self.refuse("a tensor without dimensions has no rows")
         if not parts or len({(part.shape[1:], part.dtype) for part in parts}) > 1:
             self.refuse("its parts must be as wide as each other, and of one type")
         rows = sum(part.shape[0] for part in parts)
@@ -573,13 +641,14 @@ class CollectiveOp(OperatorOp):
         return tuple(rank.root_reference.data for rank in ranks)
 
     def verify_(self) -> None:
+        if not self.operands or len(self.operands) != len(self.results):
+            self.refuse(f"{len(self.operands)} tensors in, {len(self.results)} out; as many, and "
+                        "one at least")  # fmt: skip
         super().verify_()
         if len(self.group) < 2 or len(set(self.group)) < len(self.group):
             self.refuse("a group has two devices at least, each once")
         if self.device not in self.group:
             self.refuse(f"its tensors are on {symbol(self.device)}, which is not of its group")
-        if not self.operands or len(self.operands) != len(self.results):
-            self.refuse(f"{len(self.operands)} tensors in, {len(self.results)} out")
 
     def print_more(self, printer: Printer) -> None:
         printer.print_string(f" over [{', '.join(map(symbol, self.group))}]")
@@ -601,7 +670,11 @@ def ranks_of(devices: Sequence[str]) -> ArrayAttr[SymbolRefAttr]:
 @irdl_op_definition
 @declares(_COSTS)
 class AllReduceOp(CollectiveOp):
-    """The sum over the ranks, on each of them."""
+    """The sum over the ranks, on each of them:
+
+    `%sums = exec.all_reduce %parts over [@g0, @g1]
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.all_reduce"
     ranks = prop_def(ArrayAttr.constr(FlatSymbolRefAttrConstr))
@@ -638,7 +711,11 @@ class _ResizingOp(CollectiveOp):
 @irdl_op_definition
 @declares(_AXIS)
 class AllGatherOp(_ResizingOp):
-    """All ranks' tensors, one behind the other along `axis`, on each of them."""
+    """All ranks' tensors, one behind the other along `axis`, on each of them:
+
+    `%whole = exec.all_gather %part {axis = 1} over [@g0, @g1]
+      : !exec.tensor<[1, 512], bf16, @g0> -> !exec.tensor<[1, 1024], bf16, @g0>`
+    """
 
     name = "exec.all_gather"
     SCALARS: ClassVar[Scalars] = _AXIS
@@ -651,7 +728,11 @@ class AllGatherOp(_ResizingOp):
 @irdl_op_definition
 @declares(_AXIS)
 class ReduceScatterOp(_ResizingOp):
-    """The sum over the ranks, of which each gets a share along `axis`."""
+    """The sum over the ranks, of which each gets a share along `axis`:
+
+    `%share = exec.reduce_scatter %parts over [@g0, @g1]
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[8, 64], bf16, @g0>`
+    """
 
     name = "exec.reduce_scatter"
     SCALARS: ClassVar[Scalars] = _AXIS
@@ -693,7 +774,8 @@ class _EndOp(OperatorOp):
 @irdl_op_definition
 @declares(_CHANNEL)
 class SendOp(_EndOp):
-    """`exec.send %x {channel = 3} to @g1`"""
+    """A tensor to another device: `exec.send %x {channel = 3} to @g1
+    : !exec.tensor<[16, 64], bf16, @g0>`"""
 
     name = "exec.send"
     WORD: ClassVar[str] = "to"
@@ -704,7 +786,8 @@ class SendOp(_EndOp):
 @irdl_op_definition
 @declares(_CHANNEL)
 class RecvOp(_EndOp):
-    """`%y = exec.recv {channel = 3} from @g0 -> !exec.tensor<[16, 64], bf16, @g1>`"""
+    """What another device sent:
+    `%y = exec.recv {channel = 3} from @g0 -> !exec.tensor<[16, 64], bf16, @g1>`"""
 
     name = "exec.recv"
     WORD: ClassVar[str] = "from"
@@ -715,7 +798,11 @@ class RecvOp(_EndOp):
 @irdl_op_definition
 @declares(_COSTS)
 class WaitOp(OperatorOp):
-    """What another stream made, from when it is there: `%b = exec.wait %a {stream = "compute"}`"""
+    """What another stream made, from when it is there:
+
+    `%there = exec.wait %made {stream = "compute"}
+      : !exec.tensor<[16, 64], bf16, @g0> -> !exec.tensor<[16, 64], bf16, @g0>`
+    """
 
     name = "exec.wait"
     made = operand_def(TensorType)
@@ -742,8 +829,11 @@ class _KVOp(OperatorOp):
 @irdl_op_definition
 @declares(_TIER)
 class KVLoadOp(_KVOp):
-    """KV of a layer, to attend to: `%kv = exec.kv_load {layer = 0, tier = "host"} -> ...`; from the
-    tier `device` it costs nothing, for attention reads it where it lies."""
+    """KV of a layer, to attend to; from the tier `device` it costs nothing, for attention reads it
+    where it lies.
+
+    `%kv = exec.kv_load {layer = 0, tier = "host"} -> !exec.tensor<[811, 2, 2, 16], bf16, @g0>`
+    """
 
     name = "exec.kv_load"
     SCALARS: ClassVar[Scalars] = _TIER
@@ -753,7 +843,8 @@ class KVLoadOp(_KVOp):
 @irdl_op_definition
 @declares(_TIER)
 class KVStoreOp(_KVOp):
-    """KV of this step's tokens, into the cache: `exec.kv_store %new {layer = 0}`"""
+    """KV of this step's tokens, into the cache:
+    `exec.kv_store %new {layer = 0} : !exec.tensor<[16, 2, 2, 16], bf16, @g0>`"""
 
     name = "exec.kv_store"
     SCALARS: ClassVar[Scalars] = _TIER
@@ -763,7 +854,11 @@ class KVStoreOp(_KVOp):
 @irdl_op_definition
 @declares(_COSTS)
 class KVMigrateOp(_KVOp):
-    """KV of a layer, on another device: `%there = exec.kv_migrate %kv {layer = 0} -> ...`"""
+    """KV of a layer, on another device:
+
+    `%there = exec.kv_migrate %kv {layer = 0}
+      : !exec.tensor<[811, 2, 2, 16], bf16, @g0> -> !exec.tensor<[811, 2, 2, 16], bf16, @g1>`
+    """
 
     name = "exec.kv_migrate"
     MOVES: ClassVar[bool] = True
@@ -787,14 +882,21 @@ _GRAPH: Scalars = (
     Scalar("tp", "tensor parallel ranks", 1, least=1),
     Scalar("pp", "pipeline stages", 1, least=1),
     Scalar("dp", "data parallel replicas of the attention", 1, least=1),
-    Scalar("peak_bytes", "most activation memory at a time, where it is planned", 0),
+    Scalar("peak_bytes", "activation memory of the device that needs most, where planned", 0),
+    Scalar("live_bytes", "there, the most that lives at a time: no plan needs less", 0),
+    Scalar("naive_bytes", "there, what a place of its own for each tensor would need", 0),
 )
 
 
 @irdl_op_definition
 @declares(_GRAPH)
 class ExecGraphOp(TextOp):
-    """One step: `exec.graph @step {phase = "decode", model = "m"} { %t = exec.input -> ... }`
+    """One step:
+
+    `exec.graph @step {phase = "decode", model = "m"} {
+      %tokens = exec.input -> !exec.tensor<[16], i32, @g0>
+      exec.yield %tokens
+    }`
 
     Unlike in a `pd.graph`, the order of the text is the order of each stream: a value is made above
     where it is used.
@@ -840,7 +942,8 @@ class ExecGraphOp(TextOp):
     def parse_text(cls, parser: Parser) -> Self:
         name = StringAttr(parse_symbol(parser, "the graph's name"))
         properties: dict[str, Attribute] = {"sym_name": name}
-        properties |= parse_scalars(parser, cls.SCALARS)
+        if opens_scalars(parser):
+            properties |= parse_scalars(parser, cls.SCALARS)
         return cls.create(properties=properties, regions=[parser.parse_region()])
 
     @classmethod
@@ -855,18 +958,23 @@ def _verify_order(block: Block, what: str) -> None:
     """Each value is made above its uses, and goes to another stream through exec.wait alone."""
     made: set[SSAValue] = set()
     for op in block.ops:
+        if not isinstance(op, OperatorOp | ExecYieldOp):
+            raise VerifyException(f"{what}: {op.name} is no operator; only exec ops stand in it")
         for operand in op.operands:
             if operand not in made:
                 raise VerifyException(f"{what}: {op.name} uses a value that is made below it, or "
                                       "elsewhere")  # fmt: skip
-            maker = operand.owner
-            crosses = isinstance(op, OperatorOp) and isinstance(maker, OperatorOp)
-            if crosses and maker.stream_name != op.stream_name and not isinstance(op, WaitOp):
-                raise VerifyException(
-                    f"{what}: {op.name} on stream {op.stream_name} uses what {maker.name} makes on "
-                    f"stream {maker.stream_name}; put an exec.wait between them"
-                )
+            if isinstance(op, OperatorOp) and not isinstance(op, WaitOp):
+                _verify_stream(op, operand.owner, what)
         made.update(op.results)
+
+
+def _verify_stream(op: OperatorOp, maker: Operation | Block, what: str) -> None:
+    if isinstance(maker, OperatorOp) and maker.stream_name != op.stream_name:
+        raise VerifyException(
+            f"{what}: {op.name} on stream {op.stream_name} uses what {maker.name} makes on stream "
+            f"{maker.stream_name}; put an exec.wait between them"
+        )
 
 
 def _verify_channels(graph: ExecGraphOp, what: str) -> None:
@@ -907,7 +1015,8 @@ def _verify_pair(send: SendOp, recv: _EndOp, what: str) -> None:
 
 @irdl_op_definition
 class ExecYieldOp(TextOp):
-    """The step's results, the sampled tokens as a rule: `exec.yield %tokens`"""
+    """The step's results, the sampled tokens as a rule:
+    `exec.yield %next : !exec.tensor<[16], i32, @g0>`"""
 
     name = "exec.yield"
     given = var_operand_def(TensorType)
@@ -924,8 +1033,7 @@ class ExecYieldOp(TextOp):
         names = [] if first is None else [first]
         while names and parser.parse_optional_punctuation(","):
             names.append(parser.parse_unresolved_operand())
-        values = [parser.resolve_operand(name, type_above(parser, name)) for name in names]
-        return cls.create(operands=values)
+        return cls.create(operands=resolve_typed(parser, names) if names else ())
 
 
 Exec = Dialect(

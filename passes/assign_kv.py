@@ -18,7 +18,8 @@ from sagec.passes import flow
 from sagec.passes.errors import PassError
 from sagec.passes.retype import carry_rows
 from sagec.passes.topology import Topology, topology_of
-from sagec.passes.work import Work, work_of
+from sagec.passes.work import work_of
+from sagec.runtime.direct.work import Work, victims_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def assign(graph: pd.GraphOp, topology: Topology) -> None:
     preempted = False
     for work in works:
         _check_fits(work, graph)
-        if (victims := _victims(work)).size:
+        if (victims := victims_of(work)).size:
             _preempt(graph, work, victims)
             preempted = True
     block = graph.body.block
@@ -74,17 +75,6 @@ def _check_fits(work: Work, graph: pd.GraphOp) -> None:
             f"tokens: {needs[row] - instance.kv_blocks} too few",
             graph,
         )
-
-
-def _victims(work: Work) -> Ints:
-    """Rows that decode already and must leave: the last ones, as many as it takes."""
-    if work.blocks.sum() <= work.instance.kv_blocks:
-        return flow.zeros(0)
-    held = np.flatnonzero(~work.awaited & (work.held >= work.prompt))
-    started = np.flatnonzero((work.held > work.cached) & (work.held < work.prompt))
-    room = work.instance.kv_blocks - int(work.blocks[started].sum())
-    kept = int(np.searchsorted(np.cumsum(work.blocks[held]), room, side="right"))
-    return held[kept:]
 
 
 def _preempt(graph: pd.GraphOp, work: Work, victims: Ints) -> None:

@@ -13,6 +13,7 @@ from sagec.dialects import pd
 from sagec.dialects.columns import Ints, ListsAttr
 from sagec.passes import flow
 from sagec.passes.errors import PassError
+from sagec.runtime.direct import chunking
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ def chunk(prefill: pd.PrefillOp, tokens: int) -> None:
 
 def whole(begin: Ints, end: Ints) -> ListsAttr:
     """The bounds of prompts that are one chunk each."""
-    values = np.empty(2 * len(begin), np.int64)
-    values[0::2], values[1::2] = begin, end
-    return ListsAttr.from_offsets(np.arange(0, 2 * len(begin) + 1, 2), values)
+    return ListsAttr.from_offsets(*chunking.whole(begin, end))
 
 
 def bounds_of(begin: Ints, end: Ints, most: Ints) -> ListsAttr:
@@ -62,10 +61,4 @@ def bounds_of(begin: Ints, end: Ints, most: Ints) -> ListsAttr:
     >>> bounds_of(np.array([0, 16]), np.array([96, 20]), np.array([64, 0])).rows()
     [[0, 64, 96], [16, 20]]
     """
-    most = np.where(most > 0, most, end - begin)
-    counts = -(-(end - begin) // most)
-    offsets = np.concatenate([[0], np.cumsum(counts + 1)])
-    row = np.repeat(np.arange(len(begin)), counts + 1)
-    index = np.arange(offsets[-1]) - offsets[row]
-    values = np.minimum(begin[row] + index * most[row], end[row])
-    return ListsAttr.from_offsets(offsets, values)
+    return ListsAttr.from_offsets(*chunking.bounds_of(begin, end, most))

@@ -7,7 +7,6 @@ the value comes from and is as immutable as their attributes.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,8 +18,13 @@ from xdsl.ir import Attribute, Block, Operation, OpResult, SSAValue
 from sagec.dialects import kv, pd
 from sagec.dialects.columns import ColumnAttr, Ints, NamesAttr, WordsAttr
 from sagec.passes.errors import PassError
-
-Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
+from sagec.runtime.direct.columns import Bools as Bools
+from sagec.runtime.direct.columns import chosen as chosen
+from sagec.runtime.direct.columns import flags as flags
+from sagec.runtime.direct.columns import joined_words as joined_codes
+from sagec.runtime.direct.columns import same, words_in_order
+from sagec.runtime.direct.columns import span_of as span_of
+from sagec.runtime.direct.columns import zeros as zeros
 
 NOWHERE = ""
 """Place of a row that no instance was chosen for yet."""
@@ -101,52 +105,7 @@ class Table:
         return Table(chosen(self.names, span), make)
 
 
-def span_of(rows: Ints) -> Ints | slice:
-    """The rows as a slice where they follow each other, for slices copy nothing."""
-    count = len(rows)
-    if not count or rows[-1] - rows[0] != count - 1:
-        return rows
-    if count > 2 and np.count_nonzero(rows[1:] - rows[:-1] == 1) != count - 1:
-        return rows
-    return slice(int(rows[0]), int(rows[-1]) + 1)
-
-
-def chosen(names: tuple[str, ...], span: Ints | slice) -> tuple[str, ...]:
-    """The names of these rows."""
-    if isinstance(span, slice):
-        return names[span]
-    if len(span) < 2:
-        return tuple([names[row] for row in span.tolist()])
-    breaks = (span[1:] - span[:-1] != 1).nonzero()[0]
-    if len(breaks) > len(span) // 16:
-        return operator.itemgetter(*span.tolist())(names)  # type: ignore[no-any-return]
-    begins = span[np.concatenate([[0], breaks + 1])].tolist()
-    ends = (span[np.concatenate([breaks, [len(span) - 1]])] + 1).tolist()
-    return sum([names[begin:end] for begin, end in zip(begins, ends, strict=True)], ())
-
-
 _COLUMNS = frozenset(Table.__annotations__)
-
-
-@functools.lru_cache(256)
-def zeros(rows: int) -> Ints:
-    """A column of nothing, the same array for every table of so many rows."""
-    return _same(0, rows)
-
-
-@functools.lru_cache(64)
-def _same(value: int, rows: int) -> Ints:
-    column = np.full(rows, value, np.int64)
-    column.setflags(write=False)
-    return column
-
-
-@functools.lru_cache(256)
-def flags(value: bool, rows: int) -> Bools:
-    """A column of the same answer."""
-    column = np.full(rows, value, np.bool_)
-    column.setflags(write=False)
-    return column
 
 
 @functools.lru_cache(64)
@@ -249,14 +208,8 @@ def joined_words(columns: list[WordsAttr]) -> WordsAttr:
     """One column of several, in their order."""
     if len(columns) == 1:
         return columns[0]
-    if len({column.words for column in columns}) == 1:
-        return WordsAttr.of(columns[0].words, np.concatenate([c.codes for c in columns]))
-    words: dict[str, int] = {}
-    codes = []
-    for column in columns:
-        renumbered = [words.setdefault(word, len(words)) for word in column.words]
-        codes.append(np.array(renumbered, np.int64)[column.codes] if len(column) else column.codes)
-    return WordsAttr.of(tuple(words), np.concatenate(codes) if codes else np.zeros(0, np.int64))
+    one = joined_codes(columns)
+    return WordsAttr.of(one.words, one.codes)
 
 
 def compact(words: Sequence[str], codes: Ints) -> WordsAttr:
@@ -269,15 +222,7 @@ def compact(words: Sequence[str], codes: Ints) -> WordsAttr:
     """
     if not codes.size:
         return nowhere(0)
-    if len(words) == 1 or np.count_nonzero(codes == codes[0]) == len(codes):
-        return WordsAttr.same(words[int(codes[0])], len(codes))
-    # Of the rows that have a word, the one that is assigned last is the first.
-    first = np.full(len(words), len(codes))
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
-    order = first.argsort()[: np.count_nonzero(first < len(codes))]
-    number = np.empty(len(words), np.int64)
-    number[order] = np.arange(len(order))
-    return WordsAttr.of([words[code] for code in order.tolist()], number[codes])
+    return WordsAttr.of(*words_in_order(words, codes))
 
 
 def placed(words: WordsAttr, rows: Ints, place: WordsAttr) -> WordsAttr:
@@ -314,7 +259,7 @@ def _source(
 
 
 _none = functools.partial(flags, False)
-_unbounded = functools.partial(_same, pd.UNBOUNDED)
+_unbounded = functools.partial(same, pd.UNBOUNDED)
 
 _REQUEST_COLUMNS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "prompt": ("prompt", zeros),

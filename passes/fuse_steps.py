@@ -19,9 +19,10 @@ from sagec.dialects.columns import ColumnAttr, Frozen, Ints, NamesAttr, WordsAtt
 from sagec.dialects.scalars import int_attr
 from sagec.passes import flow
 from sagec.passes.errors import PassError
-from sagec.passes.packing import Order, Packed, packed
 from sagec.passes.topology import Topology, topology_of
-from sagec.passes.work import Work, work_of
+from sagec.passes.work import work_of
+from sagec.runtime.direct.packing import Order, Packed, packed
+from sagec.runtime.direct.work import Work
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ def _row_columns(packed: Packed, rows: Ints | slice | None) -> dict[str, Attribu
             attrs[name] = ColumnAttr(Frozen(column if rows is None else column[rows]))
     for name, words in (("source", work.source), ("target", work.target)):
         if any(words.words):
-            attrs[name] = words if rows is None else WordsAttr.of(words.words, words.codes[rows])
+            attrs[name] = WordsAttr.of(
+                words.words, words.codes if rows is None else words.codes[rows]
+            )
     return attrs
 
 

@@ -16,13 +16,14 @@ from xdsl.passes import ModulePass
 from sagec.dialects import pd
 from sagec.dialects.columns import Ints, WordsAttr, quoted
 from sagec.dialects.rows import symbol
-from sagec.passes import flow, placement, solver
+from sagec.passes import flow, solver
 from sagec.passes.errors import PassError
 from sagec.passes.flow import NOWHERE, Bools
-from sagec.passes.placement import Assignment, Problem, Sites
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Model, Topology, topology_of
 from sagec.passes.turns import turns_of
+from sagec.runtime.direct import placement
+from sagec.runtime.direct.placement import Assignment, Problem, Sites
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,11 @@ from sagec.dialects import pd
 from sagec.dialects.columns import Ints
 from sagec.dialects.scalars import int_attr
 from sagec.passes import flow
+from sagec.passes.attention_ffn import Pool, part_layers
 from sagec.passes.errors import PassError
+from sagec.passes.streams import exec_graphs
 from sagec.passes.topology import Topology, topology_of
+from sagec.runtime.direct.work import UNBOUNDED_STEPS
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,39 @@ class SeparatePhasesPass(ModulePass):
      %kv = pd.phase prefill {...} { pd.prefill %w }; %end = pd.phase decode {...} { pd.decode %kv }`
 
     A phase says what it needs: tokens to compute and tokens of KV to hold. `scheme=none` leaves the
-    graph alone; `scheme=af` parts attention from feed-forward and works on operators.
+    graph alone. `scheme=af` works on operators: it moves the feed-forward of an exec.graph to the
+    instance or device `ffn`, in `micro_batches` parts of its rows; see passes/attention_ffn.py. It
+    refuses, with the times, where that takes longer.
     """
 
     name = "separate-phases"
     scheme: Literal["pd", "af", "none"] = "pd"
+    ffn: str = ""
+    micro_batches: int = 2
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         if self.scheme == "af":
+            self._part_layers(op)
+        elif self.ffn:
+            raise PassError(f"ffn={self.ffn} is for scheme=af, and this is scheme={self.scheme}")
+        elif self.scheme == "pd":
+            for graph in flow.graphs(op):
+                separate(graph, topology_of(op))
+
+    def _part_layers(self, module: ModuleOp) -> None:
+        graphs = list(exec_graphs(module))
+        if not graphs:
             raise PassError(
                 "scheme=af parts the operators of a layer, and this graph has none; "
                 "what separates requests is scheme=pd",
-                next(flow.graphs(op), None),
+                next(flow.graphs(module), None),
             )
-        if self.scheme == "pd":
-            for graph in flow.graphs(op):
-                separate(graph, topology_of(op))
+        if self.micro_batches < 1:
+            raise PassError(f"micro_batches={self.micro_batches}; it must be 1 or more")
+        topology = topology_of(module)
+        pool = Pool.named(self.ffn, topology)
+        for graph in graphs:
+            part_layers(graph, pool, topology, self.micro_batches)
 
 
 def separate(graph: pd.GraphOp, topology: Topology) -> None:
@@ -100,10 +120,6 @@ def _needs(
     size = int(held * kv_bytes.pop()) if len(kv_bytes) == 1 else 0
     needs = {"compute_tokens": compute, "kv_tokens": held, "kv_bytes": size}
     return {name: int_attr(value) for name, value in needs.items()}
-
-
-UNBOUNDED_STEPS = 256
-"""Steps planned for a request that goes on until it stops, where nobody gave a horizon."""
 
 
 def decode_tokens(rows: flow.Table, horizon: int) -> Ints:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sagec.dialects.columns import Ints
 from sagec.passes.errors import PassError
-from sagec.passes.placement import (
+from sagec.runtime.direct.placement import (
     MINOR,
     Assignment,
     Floats,

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import heapq
 import itertools
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
 from xdsl.ir import Operation
 
@@ -18,152 +14,18 @@ from sagec.dialects.scalars import Value, value_of
 from sagec.passes.errors import PassError
 from sagec.passes.flow import ops_of_block
 from sagec.passes.recent import recent
-from sagec.runtime.cost import StepCost
-
-_DTYPE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's shape; see `cluster.model`."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    dtype: str
-    max_context: int
-    experts: int
-    experts_per_token: int
-    tied: int
-    path: str
-
-    @functools.cached_property
-    def _layer_parameters(self) -> tuple[int, int]:
-        """Parameters of a layer: attention, and one feed-forward block."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention, 3 * self.hidden * self.ffn
-
-    @functools.cached_property
-    def weight_bytes(self) -> float:
-        """Bytes of all weights, in the model's own type."""
-        attention, ffn = self._layer_parameters
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        parameters = self.layers * (attention + ffn * max(self.experts, 1)) + embeddings
-        return parameters * _DTYPE_BYTES[self.dtype]
-
-    @functools.cached_property
-    def flops_per_token(self) -> float:
-        """Operations of the weights for one token: two a parameter that it passes."""
-        attention, ffn = self._layer_parameters
-        active = self.experts_per_token if self.experts else 1
-        return 2.0 * (self.layers * (attention + ffn * active) + self.vocab * self.hidden)
-
-    def kv_bytes_per_token(self, kv_dtype: str = "auto") -> float:
-        """Bytes of keys and values of one token in all layers."""
-        size = _DTYPE_BYTES[self.dtype if kv_dtype == "auto" else kv_dtype]
-        return 2.0 * self.layers * self.kv_heads * self.head_dim * size
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device; see `cluster.device`."""
-
-    name: str
-    kind: str
-    memory_bytes: int
-    flops_per_s: float
-    bytes_per_s: float
+from sagec.runtime.direct import topology as direct
+from sagec.runtime.direct.topology import Device as Device
+from sagec.runtime.direct.topology import Instance as Instance
+from sagec.runtime.direct.topology import Link as Link
+from sagec.runtime.direct.topology import Model as Model
+from sagec.runtime.direct.topology import Path as Path
+from sagec.runtime.profile import ProfileError
 
 
 @dataclass(frozen=True, eq=False)
-class Instance:
-    """An instance; see `cluster.instance`. index: its place among the module's instances."""
-
-    index: int
-    name: str
-    engine: str
-    role: str
-    model: Model
-    devices: tuple[Device, ...]
-    tp: int
-    pp: int
-    kv_blocks: int
-    block_tokens: int
-    kv_dtype: str
-    kv_layout: str
-    max_step_tokens: int
-    max_batch: int
-    max_partial_prefills: int
-    quantization: str
-    draft_layers: int
-    draft_tokens: int
-    dtype: str
-    pool: str
-    switch_us: int
-    options: str
-    op: Operation
-
-    def runs(self, phase: str) -> bool:
-        """Whether its role covers `prefill` or `decode`."""
-        return self.role in (phase, "both")
-
-    @functools.cached_property
-    def kv_bytes_per_token(self) -> float:
-        return self.model.kv_bytes_per_token(self.kv_dtype)
-
-    @functools.cached_property
-    def cost(self) -> StepCost:
-        """The time of its steps in closed form."""
-        return StepCost(
-            flops_per_token=self.model.flops_per_token,
-            flops_per_pair=4.0 * self.model.layers * self.model.heads * self.model.head_dim,
-            weight_bytes=self.model.weight_bytes,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            flops_per_s=sum(device.flops_per_s for device in self.devices),
-            bytes_per_s=sum(device.bytes_per_s for device in self.devices),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """A connection between two places, usable in both directions."""
-
-    ends: tuple[str, str]
-    bytes_per_s: float
-    latency_us: float
-
-
-@dataclass(frozen=True, eq=False)
-class Path:
-    """The way of KV between two instances: its places, and the links it passes."""
-
-    places: tuple[str, ...]
-    links: tuple[Link, ...]
-    bytes_per_s: float
-    latency_us: float
-
-    def transfer_us(self, num_bytes: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Time for `num_bytes` where nothing else is on the way."""
-        return self.latency_us + 1e6 * np.asarray(num_bytes) / self.bytes_per_s
-
-
-@dataclass(frozen=True, eq=False)
-class Topology:
+class Topology(direct.Topology):
     """The instances of a module and what connects them."""
-
-    models: dict[str, Model]
-    devices: dict[str, Device]
-    instances: tuple[Instance, ...]
-    links: tuple[Link, ...]
-
-    @functools.cached_property
-    def by_name(self) -> dict[str, Instance]:
-        return {instance.name: instance for instance in self.instances}
 
     def instance(self, name: str, op: Operation) -> Instance:
         """The instance `@name`; raises PassError, at `op`, where there is none."""
@@ -172,67 +34,6 @@ class Topology:
             raise PassError(f"no instance {symbol(name)}; there are: {there}", op)
         return found
 
-    @functools.cached_property
-    def _paths(self) -> dict[tuple[int, int], Path | None]:
-        return {}
-
-    def path(self, source: Instance, target: Instance) -> Path | None:
-        """The path of least time for a block of KV, or None; within a device, its memory."""
-        key = (source.index, target.index)
-        if key not in self._paths:
-            self._paths[key] = self._find_path(source, target)
-        return self._paths[key]
-
-    def _find_path(self, source: Instance, target: Instance) -> Path | None:
-        targets = {device.name for device in target.devices}
-        if shared := [device for device in source.devices if device.name in targets]:
-            return Path((shared[0].name,), (), shared[0].bytes_per_s / 2, 0.0)
-        ways = self._ways_from(source)
-        found = [ways[device.name] for device in target.devices if device.name in ways]
-        if not found:
-            return None
-        _, places, links = min(found, key=lambda way: way[0])
-        slowest = min(link.bytes_per_s for link in links)
-        return Path(places, links, slowest, sum(link.latency_us for link in links))
-
-    @functools.cached_property
-    def _ways(self) -> dict[int, dict[str, _Way]]:
-        return {}
-
-    def _ways_from(self, source: Instance) -> dict[str, _Way]:
-        """The way of least time for a block of KV to every place that links reach."""
-        if source.index in self._ways:
-            return self._ways[source.index]
-        block_bytes = source.kv_bytes_per_token * source.block_tokens
-        order = itertools.count()  # decides between ways of the same time
-        queue: list[tuple[float, int, tuple[str, ...], tuple[Link, ...]]] = [
-            (0.0, next(order), (device.name,), ()) for device in source.devices
-        ]
-        done: dict[str, _Way] = {}
-        while queue:
-            us, _, places, links = heapq.heappop(queue)
-            if places[-1] in done:
-                continue
-            done[places[-1]] = (us, places, links)
-            for link, place in self._neighbours.get(places[-1], ()):
-                if place not in done:
-                    cost = us + link.latency_us + 1e6 * block_bytes / link.bytes_per_s
-                    heapq.heappush(queue, (cost, next(order), (*places, place), (*links, link)))
-        self._ways[source.index] = done
-        return done
-
-    @functools.cached_property
-    def _neighbours(self) -> dict[str, list[tuple[Link, str]]]:
-        """Of each place, its links and where they lead."""
-        found: dict[str, list[tuple[Link, str]]] = {}
-        for link in self.links:
-            for here, there in (link.ends, link.ends[::-1]):
-                found.setdefault(here, []).append((link, there))
-        return found
-
-
-_Way = tuple[float, tuple[str, ...], tuple[Link, ...]]
-"""Microseconds, places and links of a way."""
 
 _KINDS = {cluster.ModelOp, cluster.DeviceOp, cluster.SwitchOp, cluster.LinkOp, cluster.InstanceOp}
 
@@ -302,7 +103,7 @@ def _instance(
     for device in op.device_names:
         if device not in devices:
             raise PassError(f"instance {name}: no device {symbol(device)} in the module", op)
-    return Instance(
+    made = Instance(
         index=index,
         name=op.symbol,
         engine=op.engine.data,
@@ -312,6 +113,17 @@ def _instance(
         op=op,
         **{scalar.name: op.scalar(scalar.name) for scalar in op.SCALARS},  # type: ignore[arg-type]
     )
+    _check_profile(made, op)
+    return made
+
+
+def _check_profile(instance: Instance, op: cluster.InstanceOp) -> None:
+    """Raise PassError, at the op, where its devices have a profile that is not of this instance."""
+    if any(device.profile for device in instance.devices):
+        try:
+            instance.cost  # noqa: B018
+        except ProfileError as error:
+            raise PassError(f"instance {symbol(instance.name)}: {error}", op) from None
 
 
 def _link(op: cluster.LinkOp, places: set[str]) -> Link:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,56 +17,7 @@ from sagec.passes.recent import recent
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Topology
 from sagec.passes.turns import NO_TURNS, Turns, turns_of
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """The requests of one instance: those it prefills, in rank order, then those it only decodes.
-
-    prompt: tokens to compute before the first is sampled; of a resident, its context. held: how
-    many of them have KV here, or in its prefix cache (cached), before step 0. decodes: tokens to
-    decode here within the horizon; 0 where the row decodes elsewhere. generate: tokens to decode
-    at all. bounds: the chunks of each prefilled row. source, target: the instance its
-    KV comes from, or goes to after its prefill. transfer_us: how long that takes. awaited: rows
-    whose KV is not here yet and is not computed here. turn_steps: the most steps it may compute,
-    see `pd.turns`; None: no bound.
-    """
-
-    instance: Instance
-    names: tuple[str, ...]
-    num_prefills: int
-    prompt: Ints
-    held: Ints
-    cached: Ints
-    decodes: Ints
-    generate: Ints
-    deadline: Ints
-    bounds: ListsAttr
-    source: WordsAttr
-    target: WordsAttr
-    transfer_us: Ints
-    awaited: Bools
-    turn_steps: int | None = None
-
-    @functools.cached_property
-    def blocks(self) -> Ints:
-        """Blocks that each row needs within the horizon."""
-        return -(-(self.prompt + self.decodes) // self.instance.block_tokens)
-
-    @property
-    def computed(self) -> Ints:
-        """Tokens whose KV is here before step 0, beside those in the prefix cache."""
-        nothing = flow.zeros(len(self.names))
-        computed = self.held if self.cached is nothing else self.held - self.cached
-        if np.count_nonzero(self.awaited):
-            return np.where(self.awaited, 0, computed)
-        return computed
-
-    @functools.cached_property
-    def whole(self) -> Ints:
-        """All the tokens of KV that each row may ever have here."""
-        bounded = np.where(self.generate >= pd.UNBOUNDED, self.decodes, self.generate)
-        return self.prompt + np.where(self.decodes > 0, bounded, 0)
+from sagec.runtime.direct.work import Work, in_turn, within_its_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +76,7 @@ def _in_turn(works: tuple[Work, ...], turns: Turns) -> tuple[Work, ...]:
     """The same work, of which instances decode no more than their turns allow."""
     if not turns:
         return works
-    return tuple(
-        work
-        if (steps := turns.get(work.instance.name)) is None
-        else dataclasses.replace(work, turn_steps=steps, decodes=np.minimum(work.decodes, steps))
-        for work in works
-    )
+    return tuple(in_turn(work, turns.get(work.instance.name)) for work in works)
 
 
 def _work(
@@ -146,29 +91,7 @@ def _work(
     splitter = _Splitter(before, bounds, after, _moves(transfers))
     works = [splitter.work(instance) for instance in topology.instances]
     works = [work for work in works if len(work.names)]
-    return tuple(map(_within_its_room, works) if horizon else works)
-
-
-def _within_its_room(work: Work) -> Work:
-    """The same work, in which prompts that are under way find blocks for what they decode.
-
-    They were begun under a horizon that may have been shorter. Where under this one they need more
-    blocks than there are, the last of them decode one token in it: a strategy leaves room for that.
-    """
-    room = work.instance.kv_blocks
-    if int(work.blocks.sum()) <= room:
-        return work
-    begun = np.flatnonzero((work.held > work.cached) & (work.held < work.prompt) & ~work.awaited)
-    over = int(work.blocks[begun].sum()) - room
-    if over <= 0:
-        return work
-    one = np.minimum(work.decodes, 1)
-    saved = work.blocks - -(-(work.prompt + one) // work.instance.block_tokens)
-    last_first = begun[::-1]
-    cut = last_first[: np.searchsorted(np.cumsum(saved[last_first]), over) + 1]
-    decodes = work.decodes.copy()
-    decodes[cut] = one[cut]
-    return dataclasses.replace(work, decodes=decodes)
+    return tuple(map(within_its_room, works) if horizon else works)
 
 
 def _prefills(ops: dict[pd.PrefillOp, flow.Table], topology: Topology) -> tuple[_Side, ListsAttr]:

@@ -1,13 +1,21 @@
-"""What a step costs, in closed form: the roofline of a model on a device.
+"""What a step costs, in closed form: fitted to measured steps, else the roofline of a model.
 
-A step computes some tokens. Each passes through all weights (two operations a parameter), attends
-to the tokens before it, and each request's KV is read once; the weights are read once a step. The
-time is the larger of arithmetic and memory traffic, and a fixed overhead. Tensor parallelism
-divides both by the ranks. Microseconds; arrays welcome everywhere.
+The roofline: a step computes some tokens. Each passes through all weights (two operations a
+parameter) and attends to the tokens before it; weights are read once a step, and so is the KV of
+each request that decodes. The time is the larger of arithmetic and memory traffic at the peak of
+the devices, and a fixed overhead. Tensor parallelism divides both by the ranks.
+
+A fit knows nothing of operations and bytes: see `Fit`. `sagec.runtime.profile` makes it of measured
+steps. Microseconds; arrays welcome everywhere.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +28,103 @@ STEP_OVERHEAD_US = 100.0
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Microseconds over a count, in straight pieces that never fall.
+
+    begin_us: at 0. knots: where pieces begin, ascending, the first at 0. slopes: of the pieces, as
+    many; the last goes on beyond all that was measured.
+
+    >>> Curve(5.0, (0.0, 10.0), (1.0, 2.0)).one(12)
+    19.0
+    """
+
+    begin_us: float
+    knots: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for pieces that are none."""
+        ascending = all(a < b for a, b in zip(self.knots, self.knots[1:], strict=False))
+        if not self.knots or self.knots[0] or not ascending or len(self.slopes) != len(self.knots):
+            raise ValueError("a curve has knots from 0 on, ascending, and a slope at each")
+        if not all(0 <= number < float("inf") for number in (self.begin_us, *self.slopes)):
+            raise ValueError("a curve begins at 0 or more and never falls")
+
+    @functools.cached_property
+    def _us(self) -> tuple[float, ...]:
+        """At each knot."""
+        us = [self.begin_us]
+        for i in range(1, len(self.knots)):
+            us.append(us[-1] + self.slopes[i - 1] * (self.knots[i] - self.knots[i - 1]))
+        return tuple(us)
+
+    @functools.cached_property
+    def _columns(self) -> tuple[Floats, Floats, Floats]:
+        return np.array(self.knots), np.array(self._us), np.array(self.slopes)
+
+    @functools.cached_property
+    def mean_slope(self) -> float:
+        """From 0 to where the last piece begins: what one more costs, whatever the count."""
+        if not self.knots[-1]:
+            return self.slopes[-1]
+        return (self._us[-1] - self.begin_us) / self.knots[-1]
+
+    def each(self, counts: Floats) -> Floats:
+        """At each of the counts, 0 or more."""
+        knots, us, slopes = self._columns
+        piece = knots.searchsorted(counts, "right") - 1
+        return np.asarray(us[piece] + slopes[piece] * (counts - knots[piece]))
+
+    def one(self, count: float) -> float:
+        """`each` of one number, to the same bit."""
+        piece = bisect.bisect_right(self.knots, count) - 1
+        return self._us[piece] + self.slopes[piece] * (count - self.knots[piece])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The time of measured steps, of DistServe's form, with curves for its straight lines.
+
+    A step of prompts takes prefill(tokens) + pair_us for each pair of tokens of which one attends
+    to the other. A step of decodes takes decode(requests) + context_us for each token of their KV.
+    One of both takes the sum, less shared_us: overhead and weights are for both.
+    """
+
+    prefill: Curve
+    pair_us: float
+    decode: Curve
+    context_us: float
+    shared_us: float
+
+    def each(self, tokens: Floats, pairs: Floats, context: Floats, decodes: Floats) -> Floats:
+        """As `StepCost.step_us`; the two phases apart where all steps are of one, for speed."""
+        prompts = tokens - decodes
+        if not np.any(prompts > 0):
+            return np.asarray(self.decode.each(tokens) + self.context_us * context)
+        prefill = self.prefill.each(np.maximum(prompts, 0)) + self.pair_us * (pairs - context)
+        if not np.any(decodes > 0):
+            return prefill
+        decode = self.decode.each(decodes) + self.context_us * context
+        both = prefill + decode - self.shared_us
+        return np.where(prompts <= 0, decode, np.where(decodes <= 0, prefill, both))
+
+    def one(self, tokens: float, pairs: float, context: float, decodes: float) -> float:
+        """`each` of plain numbers, to the same bit."""
+        if tokens <= decodes:
+            return self.decode.one(tokens) + self.context_us * context
+        prefill = self.prefill.one(tokens - decodes) + self.pair_us * (pairs - context)
+        if decodes <= 0:
+            return prefill
+        return prefill + (self.decode.one(decodes) + self.context_us * context) - self.shared_us
+
+
+@dataclass(frozen=True)
 class StepCost:
     """The time of a step of one instance, from the numbers of its model and devices.
 
     flops_per_token: of the weights. flops_per_pair: attention of one token to one other, in all
-    layers. flops_per_s, bytes_per_s: of all ranks together.
+    layers. flops_per_s, bytes_per_s: of all ranks together. fit: what steps were measured to take;
+    where there is one, it alone counts.
     """
 
     flops_per_token: float
@@ -34,39 +134,95 @@ class StepCost:
     flops_per_s: float
     bytes_per_s: float
     overhead_us: float = STEP_OVERHEAD_US
+    fit: Fit | None = None
 
     def step_us(
-        self, tokens: npt.ArrayLike, pairs: npt.ArrayLike, context_tokens: npt.ArrayLike
+        self,
+        tokens: npt.ArrayLike,
+        pairs: npt.ArrayLike,
+        context_tokens: npt.ArrayLike,
+        decodes: npt.ArrayLike = 0,
     ) -> Floats:
-        """A step of `tokens` new tokens that attend to `pairs` tokens in sum over `context_tokens`
-        tokens of KV.
+        """A step of `tokens` new tokens, of which `decodes` are decodes and the others of prompts.
+
+        They attend to `pairs` tokens in sum; context_tokens of these are KV of the decodes.
 
         >>> cost = StepCost(2e9, 0.0, 2e9, 1e5, 1e15, 1e12)
-        >>> float(cost.step_us(1, 100, 100).round())  # the weights' 2 GB at 1 TB/s
+        >>> float(cost.step_us(1, 100, 100, 1).round())  # the weights' 2 GB at 1 TB/s
         2110.0
         """
+        if self.fit is not None:
+            columns = (tokens, pairs, context_tokens, decodes)
+            return self.fit.each(*(np.asarray(column, np.float64) for column in columns))
         flops = np.multiply(tokens, self.flops_per_token) + np.multiply(pairs, self.flops_per_pair)
         moved = self.weight_bytes + np.multiply(context_tokens, self.kv_bytes_per_token)
         return self.overhead_us + 1e6 * np.maximum(
             flops / self.flops_per_s, moved / self.bytes_per_s
         )
 
-    def one_step_us(self, tokens: int, pairs: float, context_tokens: float) -> float:
+    def one_step_us(
+        self, tokens: int, pairs: float, context_tokens: float, decodes: int = 0
+    ) -> float:
         """`step_us` of plain numbers, without numpy's overhead."""
+        if self.fit is not None:
+            return self.fit.one(tokens, pairs, context_tokens, decodes)
         flops = tokens * self.flops_per_token + pairs * self.flops_per_pair
         moved = self.weight_bytes + context_tokens * self.kv_bytes_per_token
         return self.overhead_us + 1e6 * max(flops / self.flops_per_s, moved / self.bytes_per_s)
 
     def prefill_us(self, begin: npt.ArrayLike, end: npt.ArrayLike) -> Floats:
-        """Arithmetic of the prompt tokens [begin, end) alone: what they add to a step."""
+        """The prompt tokens [begin, end) alone: what they add to a step."""
         begin, end = np.asarray(begin, np.float64), np.asarray(end, np.float64)
         pairs = (end * (end + 1) - begin * (begin + 1)) / 2
+        if self.fit is not None:
+            tokens_us = (end - begin) * self.fit.prefill.mean_slope
+            return np.asarray(tokens_us + pairs * self.fit.pair_us)
         flops = (end - begin) * self.flops_per_token + pairs * self.flops_per_pair
         return np.asarray(1e6 * flops / self.flops_per_s)
 
     def decode_us(self, context_tokens: npt.ArrayLike) -> Floats:
         """What a request of `context_tokens` tokens of KV adds to a decode step."""
         context = np.asarray(context_tokens, np.float64)
+        if self.fit is not None:
+            return np.asarray(self.fit.decode.mean_slope + context * self.fit.context_us)
         flops = (self.flops_per_token + context * self.flops_per_pair) / self.flops_per_s
         moved = context * self.kv_bytes_per_token / self.bytes_per_s
         return np.asarray(1e6 * np.maximum(flops, moved))
+
+    def to_options(self) -> dict[str, str]:
+        """All fields as texts, for an engine that is told in texts what it is."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fit = fields.pop("fit")
+        options = {name: repr(number) for name, number in fields.items()}
+        return options if fit is None else options | {"fit": fit_text(fit)}
+
+
+NUMBERS = tuple(field.name for field in dataclasses.fields(StepCost) if field.name != "fit")
+"""The fields of a StepCost that are numbers."""
+
+
+def fit_text(fit: Fit) -> str:
+    """A fit as JSON, from which `read_fit` makes the same, to the bit."""
+    return json.dumps(dataclasses.asdict(fit), separators=(",", ":"))
+
+
+def read_fit(text: str) -> Fit:
+    """The fit of `fit_text`. Raises ValueError for any other text."""
+    try:
+        values = json.loads(text)
+        return Fit(
+            prefill=_read_curve(values["prefill"]),
+            pair_us=float(values["pair_us"]),
+            decode=_read_curve(values["decode"]),
+            context_us=float(values["context_us"]),
+            shared_us=float(values["shared_us"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no fit: {error}") from None
+
+
+def _read_curve(values: Mapping[str, object]) -> Curve:
+    knots, slopes = values["knots"], values["slopes"]
+    if not isinstance(knots, list) or not isinstance(slopes, list):
+        raise TypeError("knots and slopes are lists")
+    return Curve(float(values["begin_us"]), tuple(map(float, knots)), tuple(map(float, slopes)))  # type: ignore[arg-type]

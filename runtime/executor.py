@@ -7,12 +7,14 @@ say no more is kept than their sockets hold.
 """
 
 import select
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sagec.runtime import comm
+from sagec.runtime.alarms import Alarms
 from sagec.runtime.clock import Clock, SteadyClock, VirtualClock, WallClock
 from sagec.runtime.engines import Engine, EngineError, Event, Failed, KVHandle
 from sagec.runtime.intake import Intake
@@ -54,6 +56,9 @@ POLL_S = 0.001
 
 IDLE_US = 1_000_000
 """How long to wait for word from anybody before looking whether somebody hangs."""
+
+NOBODY_US = -(2**63)
+"""Before any request comes."""
 
 STALL_S = 300.0
 """How long a process with a plan may say nothing before it counts as hung."""
@@ -102,7 +107,13 @@ class ExecutorAPI:
         self._time = SteadyClock(self.clock)
         self._board = StatusBoard(self.engines)
         self._intake = Intake(max_waiting, max_waiting_tokens)
+        self._opens_us: int | None = None  # when requests that have come are let in
         self._supervisor = Supervisor(self.engines, restart, stall_s)
+        self._alarms: Alarms | None = None  # where every engine says when it has something to say
+        if all(getattr(engine, "says_when", False) for engine in self.engines.values()):
+            self._alarms = Alarms(self.engines)
+        shared = [getattr(engine, "shared", None) for engine in self.engines.values()]
+        self._sharing: list[Any] = list({id(s): s for s in shared if s is not None}.values())
         self._orphaned: list[int] = []  # pids of dead engines whose KV is still to be freed
         self._loop: Loop | None = None
         self._serving = False
@@ -135,7 +146,7 @@ class ExecutorAPI:
 
     def deliver(self, handle: KVHandle) -> None:
         """Tell the target of a hand-over that its KV waits."""
-        self.engines[self.status(handle.target).instance].receive(handle)
+        self._told(self.status(handle.target).instance).receive(handle)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request, wherever it is; its blocks are freed at the next step boundary.
@@ -147,7 +158,7 @@ class ExecutorAPI:
             self._intake.cancel(request_id)
             return
         for name in self._board.live():
-            self.engines[name].cancel(request_id)
+            self._told(name).cancel(request_id)
 
     def cancel_plan(self, plan_id: str) -> None:
         """Stop a plan at the next step boundary; its requests stay where they are.
@@ -163,6 +174,10 @@ class ExecutorAPI:
 
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
         """What happened on all instances since; waits up to timeout_s for something to."""
+        if self._alarms is not None:
+            self._wake_concerned(self._alarms)
+            due = self._alarms.due(self.clock.now_us())
+            return [event for name in due for event in self._hear(name)]
         names = self._board.live() + self._supervisor.coming()
         sockets = {fd: name for name in names if (fd := self._fileno(name)) is not None}
         local = [name for name in names if name not in sockets.values()]
@@ -174,6 +189,25 @@ class ExecutorAPI:
             for ready in self._select(sockets, wait_s):
                 events += self._hear(sockets[ready])
         return events
+
+    def _catch_up(self) -> list[Event]:
+        """Steps that have ended in the midst of what engines will tell of at once."""
+        if self._alarms is None:
+            return []
+        now_us = self.clock.now_us()
+        names = [name for name in self._board.live() if self._owes(self.engines[name], now_us)]
+        return [event for name in names for event in self._hear(name)]
+
+    def _owes(self, engine: Any, now_us: int) -> bool:
+        """Whether a step has ended of which the engine has not told."""
+        ends_us: int | None = engine.owed_since_us
+        return ends_us is not None and ends_us <= now_us
+
+    def _wake_concerned(self, alarms: Alarms) -> None:
+        """Ask those, too, for whom something has changed in what engines share."""
+        for shared in self._sharing:
+            for name in shared.take_concerned():
+                alarms.wake(name)
 
     def _is_busy(self, name: str) -> bool:
         """Whether an engine of this process may have something to say at any time."""
@@ -235,7 +269,8 @@ class ExecutorAPI:
         """
         if self._serving:
             raise ExecutorError("something is being served already; one `serve` at a time")
-        loop = Loop(self.instances, strategy, planner, self._time, self._max_attempts)
+        timed = self._time, self._max_attempts, self._stopwatch_s(), self._catch_up
+        loop = Loop(self.instances, strategy, planner, *timed)
         self._intake.open(requests, self._time.now_us(), loop.waiting_load, until_closed)
         self._loop = loop
         return self._serve(loop)
@@ -277,12 +312,22 @@ class ExecutorAPI:
                 self._orphaned.append(pid)
         self._free_orphaned(())
 
+    def _stopwatch_s(self) -> Callable[[], float]:
+        """The wall's; one that stands still where time is simulated."""
+        return _standing_still if isinstance(self.clock, VirtualClock) else time.perf_counter
+
     def _known(self) -> str:
         return f"there are: {', '.join(self.engines)}"
 
     def _give(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
         self._board.give(plan)
-        self.engines[plan.target_instance_id].submit(plan, requests)
+        self._told(plan.target_instance_id).submit(plan, requests)
+
+    def _told(self, name: str) -> Engine:
+        """The engine, which is told something now."""
+        if self._alarms is not None:
+            self._alarms.wake(name)
+        return self.engines[name]
 
     def _tell(self, said: Input | Action) -> None:
         for watcher in self._watch:
@@ -307,10 +352,15 @@ class ExecutorAPI:
         return {*readable, *writable}.difference(bell)
 
     def _hear(self, name: str) -> list[Event]:
+        engine: Any = self.engines[name]
         try:
-            events = self.engines[name].poll(0.0)
+            events: list[Event] = engine.poll(0.0)
+            if self._alarms is not None:
+                self._alarms.set(name, engine.next_us())
         except EngineError as error:
             events = [Failed(instance=name, request_id=None, error=str(error))]
+            if self._alarms is not None:
+                self._alarms.set(name, None)
         for event in events:
             self._board.hear(event)
             self._tell(event)
@@ -320,10 +370,16 @@ class ExecutorAPI:
         """Bury instances that failed and make others again; what the loop is to hear of it."""
         now_us = self._time.now_us()
         said = self._bury(events, now_us)
-        for event in self._supervisor.revive(now_us):
+        next_us = self._supervisor.next_us
+        revived = self._supervisor.revive(now_us)
+        if next_us is not None and next_us <= now_us:  # some were made again
+            for name in self._supervisor.coming():
+                self._told(name)
+        for event in revived:
             self._tell(event)
             said.append(event)
             if isinstance(event, Joined):
+                self._told(event.instance)
                 self._board.revive(event.instance)
             else:
                 self._board.hear(event)
@@ -406,9 +462,9 @@ class ExecutorAPI:
                 case Submit():
                     self._give(action.plan, action.requests)
                 case Deliver():
-                    self.engines[action.instance].receive(action.handle)
+                    self._told(action.instance).receive(action.handle)
                 case Cancel():
-                    self.engines[action.instance].cancel(action.request_id)
+                    self._told(action.instance).cancel(action.request_id)
                 case Discard():
                     comm.free(action.handle.place)
                 case Planned() | Retried() | Wait():
@@ -419,10 +475,12 @@ class ExecutorAPI:
         self._free_orphaned(loop.kv_in_flight() if self._orphaned else ())
         while True:
             now_us = self._time.now_us()
-            inputs = self._intake.take(now_us)
+            is_open = self._is_open(now_us)
+            inputs = self._intake.take(now_us if is_open else NOBODY_US)
             for said in (*self._intake.take_answered(), *inputs):
                 self._tell(said)
-            known = (until_us, self._intake.next_us, self._supervisor.next_us)
+            coming_us = self._intake.next_us if is_open else self._opens_us
+            known = (until_us, coming_us, self._supervisor.next_us)
             times = [us for us in known if us is not None]
             wait_us = min([*times, now_us + IDLE_US]) - now_us
             is_due = bool(inputs) or self._intake.has_refused
@@ -433,17 +491,48 @@ class ExecutorAPI:
                 return inputs
             self._jump(times)
 
+    def _is_open(self, now_us: int) -> bool:
+        """Whether requests whose time has come are let in now.
+
+        Where every engine says how long its step lasts, those that come while all of them compute
+        are let in together when the first can begin something new: no round sooner than that could
+        give them anything.
+        """
+        next_us = self._intake.next_us
+        if self._alarms is None or next_us is None or next_us > now_us:
+            return True
+        if self._opens_us is None:
+            ends_us = [engine.step_end_us(now_us) for engine in self._living()]
+            begin_at_once = [now_us for end_us in ends_us if end_us is None]
+            self._opens_us = min(begin_at_once or [us for us in ends_us if us is not None] or [0])
+        if now_us < self._opens_us:
+            return False
+        self._opens_us = None
+        return True
+
+    def _living(self) -> list[Any]:
+        return [self.engines[name] for name in self._board.live()]
+
     def _jump(self, times: list[int]) -> None:
         """Let a virtual clock jump to what happens next."""
         if not isinstance(self.clock, VirtualClock):
             return
-        for name in self._board.live():
-            next_us = getattr(self.engines[name], "next_us", lambda: None)()
-            if next_us is not None:
-                times.append(next_us)
+        if self._alarms is not None:
+            self._wake_concerned(self._alarms)
+            if self._alarms.is_anyone_awake:
+                return
+            known = [self._alarms.next_us()]
+        else:
+            names = self._board.live() + self._supervisor.coming()
+            known = [getattr(self.engines[name], "next_us", lambda: None)() for name in names]
+        times += [us for us in known if us is not None]
         if not times:
             raise ExecutorError("no engine will ever say anything, and no request will come")
         self.clock.advance_to(min(times))
+
+
+def _standing_still() -> float:
+    return 0.0
 
 
 class _Fixed:

@@ -223,7 +223,8 @@ class Retried(msgspec.Struct, frozen=True):
 class Planned(msgspec.Struct, frozen=True):
     """A round: what was seen, said and planned; to be recorded.
 
-    decide_us, plan_us: what strategy and planner took, by the wall whatever the loop's clock is.
+    decide_us, plan_us: what strategy and planner took, by the wall; 0 where time is simulated, for
+    there they take none of it, and two runs must say the same.
     """
 
     state: State
@@ -285,11 +286,18 @@ class Loop:
         planner: Planner,
         clock: Clock,
         max_attempts: int = 3,
+        stopwatch_s: Callable[[], float] = time.perf_counter,
+        catch_up: Callable[[], Sequence[Event]] = tuple,
     ) -> None:
-        """max_attempts: how often a request is started over after failures before it fails."""
+        """max_attempts: how often a request is started over after failures before it fails.
+
+        stopwatch_s: by which strategy and planner are timed. catch_up: what engines have done and
+        not said, asked before a round: those that tell of many steps at once owe some of them.
+        """
         self.instances = tuple(instances)
         self._strategy, self._planner, self._clock = strategy, planner, clock
         self._max_attempts = max_attempts
+        self._stopwatch_s, self._catch_up = stopwatch_s, catch_up
         self._fixed = _columns(self.instances)
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
@@ -365,7 +373,7 @@ class Loop:
 
     def output(self, request_id: str) -> tuple[int, ...]:
         """Tokens of a live request so far."""
-        return tuple(self._serving[request_id].output)
+        return tuple(self._output(self._serving[request_id]))
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a request has come and not yet ended."""
@@ -384,7 +392,7 @@ class Loop:
             request_id=request_id,
             phase=_phase(int(table.phase[row]), bool(table.arriving[row])),
             instance=None if waits else self.instances[table.instance[row]].id,
-            output_tokens=len(serving.output),
+            output_tokens=len(self._output(serving)),
             attempts=serving.attempts,
             preemptions=serving.preemptions,
             reason=self._last_reason(request_id) if waits else "",
@@ -533,7 +541,7 @@ class Loop:
         for request_id, reason in report.finished:
             if serving := self._on(report.instance, request_id):
                 self._finish(serving, reason, "")
-        self._changed(only_if=bool(report.finished) and len(self._table.waiting()) > 0)
+        self._changed(only_if=bool(report.finished) and self._table.num_waiting > 0)
         plan = self._plans[self._index[report.instance]]
         if plan is not None and plan.plan_id == report.plan_id:
             self._due |= _is_ending(plan, report.step)
@@ -564,29 +572,41 @@ class Loop:
         self._table.generated(rows, computed_tokens, first_us)
 
     def _count_tokens(self, report: StepReport) -> None:
-        """The tokens of simulated steps: as many as were said, whichever they are."""
-        first_us = report.begin_us + (report.end_us - report.begin_us) // report.steps
-        rows, computed_tokens = [], []
-        for request_id, index, count in report.advanced:
-            serving = self._on(report.instance, request_id)
-            if serving is None:
-                continue
-            if (index := serving.base + index) != len(serving.output):
-                self._lose(serving, index, report.instance)
-                continue
-            serving.output += [0] * count
-            rows.append(serving.row)
-            computed_tokens.append(serving.num_tokens - 1)
-            serving.last_token_us = report.end_us
+        """The tokens of simulated steps: as many as were said, whichever they are.
+
+        They are counted in the table alone; see `_output`.
+        """
+        table, first_us = self._table, report.begin_us
+        first_us += (report.end_us - report.begin_us) // report.steps
+        found = map(self._serving.get, [entry[0] for entry in report.advanced])
+        said = [(s, entry) for s, entry in zip(found, report.advanced, strict=True) if s]
+        rows = np.array([serving.row for serving, _ in said], np.int64)
+        here = table.are_on(rows, self._index[report.instance])
+        if not here.all():
+            said = [one for one, is_here in zip(said, here.tolist(), strict=True) if is_here]
+            rows = rows[here]
+        index = np.array([serving.base + entry[1] for serving, entry in said], np.int64)
+        if (lost := index != table.output_tokens[rows]).any():
+            for at in np.flatnonzero(lost).tolist():
+                self._lose(said[at][0], int(index[at]), report.instance)
+            rows = rows[~lost]
+        table.counted(rows, report.steps, first_us, report.end_us)
+
+    def _output(self, serving: _Serving) -> list[int]:
+        """A request's tokens so far; of those that were only counted nobody knows which."""
+        counted = int(self._table.output_tokens[serving.row]) - len(serving.output)
+        if counted > 0:
+            serving.output += [0] * counted
+            serving.last_token_us = int(self._table.last_token_us[serving.row])
             if serving.first_token_us is None:
-                serving.first_token_us = first_us
-        self._table.generated(rows, computed_tokens, first_us, report.steps)
+                serving.first_token_us = int(self._table.first_token_us[serving.row])
+        return serving.output
 
     def _lose(self, serving: _Serving, index: int, instance: str) -> None:
         """End a request of whose tokens some never came."""
         detail = (
             f"instance {instance!r} sent token {index} of {serving.request.id!r} "
-            f"after token {len(serving.output) - 1}; those between are lost"
+            f"after token {len(self._output(serving)) - 1}; those between are lost"
         )
         self._finish(serving, FinishReason.FAILED, detail)
 
@@ -607,7 +627,7 @@ class Loop:
             self._actions.append(Discard(handle))
             self._go_on_waiting(serving)
             return
-        waiting = len(self._table.waiting()) > 0
+        waiting = self._table.num_waiting > 0
         self._changed(only_if=waiting or not self._imports(target, handle.request.id))
         serving.known_on, serving.handle = target, handle
         serving.ran_on.append(handle.target)
@@ -744,6 +764,7 @@ class Loop:
 
     def _go_on_waiting(self, serving: _Serving, kept_tokens: int = 0) -> None:
         """kept_tokens: of the request, those whose KV its instance holds in host memory."""
+        self._output(serving)
         serving.handle, serving.recalled = None, False
         self._changed()
         if serving.leaves_as is not None:
@@ -773,7 +794,7 @@ class Loop:
             self._actions.append(Cancel(self.instances[index].id, serving.request.id))
 
     def _finish(self, serving: _Serving, reason: FinishReason, detail: str) -> None:
-        request = serving.request
+        request, output_tokens = serving.request, len(self._output(serving))
         self._drop_shadow(serving)
         if reason not in _SAID_BY_ENGINES and serving.known_on is not None:
             self._cancel_on(serving, serving.known_on)
@@ -781,7 +802,7 @@ class Loop:
             request_id=request.id,
             reason=reason,
             prompt_tokens=len(request.prompt),
-            output_tokens=len(serving.output),
+            output_tokens=output_tokens,
             arrival_us=request.arrival_us,
             end_us=max(self._now_us, serving.last_token_us or 0),
             admitted_us=serving.admitted_us,
@@ -802,15 +823,17 @@ class Loop:
 
     def _ask(self) -> None:
         """A round: the strategy decides, the planner plans, the instances get their plans."""
+        is_anybody = self._table.num_waiting or self._table.num_running
+        if not is_anybody or not self._alive.any():
+            self._due, self._again_us = False, None
+            return
+        for event in self._catch_up():
+            self._hear_by_type[type(event)](event)
         self._due, self._again_us = False, None
-        if not len(self._table.waiting()) and not len(self._table.running()):
-            return
-        if not self._alive.any():
-            return
         state = self.state()
-        begin_s = time.perf_counter()
+        begin_s = self._stopwatch_s()
         decision = self._strategy.decide(state)
-        decided_s = time.perf_counter()
+        decided_s = self._stopwatch_s()
         check_decision(decision, state, f"strategy {self._strategy.name!r}")
         decision = elsewhere(decision, state, self._failures(state))
         self._last = state, decision
@@ -819,9 +842,9 @@ class Loop:
         self._again_us = decision.again_us
         if self._futile_rounds > FUTILE_ROUNDS:
             return
-        plan_s = time.perf_counter()
+        plan_s = self._stopwatch_s()
         plans = tuple(self._planner.plan(state, decision))
-        plan_us = 1e6 * (time.perf_counter() - plan_s)
+        plan_us = 1e6 * (self._stopwatch_s() - plan_s)
         self._round += 1
         self._futile_rounds += 1
         decide_us = 1e6 * (decided_s - begin_s)

@@ -19,7 +19,7 @@ class Pace:
     def __init__(self, costs: Sequence[StepCost | None]) -> None:
         """costs: what to believe of each instance until it has reported; None: nothing."""
         self._prefill_ns = [_prefill_ns(cost) for cost in costs]
-        self._decode_us = [0.0 if c is None else c.one_step_us(1, 1, 1) for c in costs]
+        self._decode_us = [0.0 if c is None else c.one_step_us(1, 1, 1, 1) for c in costs]
         self._measured: set[tuple[int, bool]] = set()
 
     @property
@@ -37,7 +37,7 @@ class Pace:
         if not (report.chunks or report.decodes):
             return
         step_us = (report.end_us - report.begin_us) / report.steps
-        prompt_tokens = sum(end - begin for _, begin, end in report.chunks)
+        prompt_tokens = sum(end - begin for _, begin, end in report.chunks) / report.steps
         if not prompt_tokens:
             self._mix(self._decode_us, instance, step_us, False)
             return

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sagec.runtime.conformance import NO_STEPS, Conformance
-from sagec.runtime.request import FinishReason
+from sagec.runtime.request import FinishReason, Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,19 @@ class RequestReport:
         if self.first_token_us is None or self.last_token_us is None or self.output_tokens < 2:
             return None
         return (self.last_token_us - self.first_token_us) / (self.output_tokens - 1)
+
+
+def was_served_well(report: RequestReport, request: Request) -> bool:
+    """Whether the request got its whole answer, the first token and the others when promised.
+
+    One that nothing was promised only has to end by itself.
+    """
+    if report.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        return False
+    first, between = report.ttft_us, report.tpot_us
+    if request.ttft_us is not None and (first is None or first > request.ttft_us):
+        return False
+    return request.tpot_us is None or between is None or between <= request.tpot_us
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,29 +1,55 @@
 """What one operator costs: a roofline over a device, and alpha-beta over a link.
 
-An operator takes as long as its arithmetic or its memory traffic, whichever is longer, and the time
-to launch it. A message takes a latency a hop and its bytes over the bandwidth. Microseconds.
+An operator takes as long as its arithmetic or its memory traffic, whichever is longer, and a time
+to begin. A message takes a latency a hop and its bytes over the bandwidth. Microseconds.
+
+Efficiency by size is in both as Hockney's line t = t0 + n / r (R. Hockney, "The science of computer
+benchmarking"): the rate that n units see is r * n / (n + t0 * r), half of r at the size t0 * r. The
+rate r that large operators reach is a share of the data sheet's peak; see `SUSTAINED_FLOPS`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUSTAINED_FLOPS = 0.7
+"""Of the peak, what the large matrix products of a prefill reach: prefills of 4096 tokens of
+7B to 13B models reach 0.7 of an A100's dense bf16 peak and 0.53 to 0.62 of an H100's."""
+
+SUSTAINED_BYTES = 0.8
+"""Of the peak, what reading weights and KV is taken to reach: about what a large copy does."""
+
 
 @dataclass(frozen=True)
 class Device:
-    """What computes. launch_us: of each operator, whatever its size."""
+    """What computes. flops_per_s, bytes_per_s: as the data sheet says. launch_us: of each operator,
+    whatever its size. sustained_flops, sustained_bytes: what large operators get of the former."""
 
     flops_per_s: float
     bytes_per_s: float
     launch_us: float = 2.0
+    sustained_flops: float = SUSTAINED_FLOPS
+    sustained_bytes: float = SUSTAINED_BYTES
 
     def operator_us(self, flops: float, moved_bytes: float) -> float:
         """An operator of so much arithmetic and memory traffic.
 
-        >>> Device(1e12, 1e11, 0.0).operator_us(flops=2e6, moved_bytes=1e4)
+        >>> Device(1e12, 1e11, 0.0, 1.0, 0.8).operator_us(flops=2e6, moved_bytes=1e4)
         2.0
         """
-        return self.launch_us + 1e6 * max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+        arithmetic_s = flops / (self.flops_per_s * self.sustained_flops)
+        traffic_s = moved_bytes / (self.bytes_per_s * self.sustained_bytes)
+        return self.launch_us + 1e6 * max(arithmetic_s, traffic_s)
+
+    def efficiency(self, flops: float) -> float:
+        """The share of the peak that an operator of so much arithmetic reaches, if memory does not
+        bound it.
+
+        >>> device = Device(1e12, 1e11, 2.0, sustained_flops=0.5)
+        >>> device.efficiency(1e6), round(device.efficiency(1e12), 3)
+        (0.25, 0.5)
+        """
+        return flops / self.flops_per_s / (self.operator_us(flops, 0.0) * 1e-6)
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,11 @@ class Link:
 
     bytes_per_s: float
     latency_us: float
+
+    @property
+    def half_bytes(self) -> float:
+        """The message that gets half of the bandwidth; smaller ones get less."""
+        return self.latency_us * 1e-6 * self.bytes_per_s
 
     def send_us(self, num_bytes: float) -> float:
         """A message of so many bytes."""

@@ -36,6 +36,9 @@ class Roster(Generic[ColumnsT]):
         self.rows: Rows = np.zeros(0, np.int64)
         self._view: ColumnsT | None = None
 
+    def __len__(self) -> int:
+        return len(self.rows) + len(self._entered) - len(self._left)
+
     def enter(self, sequence: int, row: int) -> None:
         """The row of the table is one of this roster now."""
         self._entered[sequence] = row

@@ -411,6 +411,7 @@ class RequestTable:
         self.remaining_tokens, self.instance, self.decode_on = np.zeros((3, capacity), np.int64)
         self.output_tokens, self.first_token_us = np.zeros((2, capacity), np.int64)
         self.preemptions, self.admitted_us = np.zeros((2, capacity), np.int64)
+        self._asked_tokens, self.last_token_us = np.zeros((2, capacity), np.int64)
         self.cached_tokens = np.zeros((capacity, len(room_tokens)), np.int64)
         self.arriving = np.zeros(capacity, np.bool_)
         self._caches = False
@@ -440,6 +441,7 @@ class RequestTable:
         self.remaining_tokens[row] = UNBOUNDED if limit is None else limit
         self.output_tokens[row] = self.first_token_us[row] = 0
         self.preemptions[row] = self.admitted_us[row] = 0
+        self._asked_tokens[row] = len(request.prompt)
         self.wait(row, len(request.prompt))
         return row
 
@@ -481,21 +483,37 @@ class RequestTable:
         rows: Sequence[int],
         computed_tokens: Sequence[int],
         now_us: int = 0,
-        count: int = 1,
     ) -> None:
-        """`count` more tokens were sampled for each of these rows, the last after so many in KV.
-
-        now_us: when the first of them was.
-        """
+        """A token was sampled for each of these rows, after so many in KV, at this time."""
         if rows:
             at = np.array(rows)
             self.computed_tokens[at] = computed_tokens
             first = at[self.output_tokens[at] == 0]
             self.first_token_us[first] = now_us
-            np.add.at(self.output_tokens, at, count)
+            np.add.at(self.output_tokens, at, 1)
             bounded = self.remaining_tokens[at] != UNBOUNDED
-            np.subtract.at(self.remaining_tokens, at, count * bounded)
+            np.subtract.at(self.remaining_tokens, at, bounded.astype(np.int64))
             self._touch(at)
+
+    def are_on(self, rows: Ints, instance: int) -> Bools:
+        """Which of the rows are on the instance, and not only on their way there."""
+        here: Bools = (self.instance[rows] == instance) & (self.phase[rows] != WAITING)
+        return here & ~self.arriving[rows]
+
+    def counted(self, rows: Ints, count: int, first_us: int, last_us: int) -> None:
+        """`count` more tokens were sampled for each of these rows, all of which differ.
+
+        first_us, last_us: when the first and the last of them were.
+        """
+        output = self.output_tokens[rows]
+        if np.count_nonzero(output) < len(rows):
+            self.first_token_us[rows[output == 0]] = first_us
+        self.output_tokens[rows] = output + count
+        self.computed_tokens[rows] = self._asked_tokens[rows] + output + (count - 1)
+        left = self.remaining_tokens[rows]
+        self.remaining_tokens[rows] = np.where(left == UNBOUNDED, left, left - count)
+        self.last_token_us[rows] = last_us
+        self._touch(rows)
 
     def move(self, row: int, instance: int, arriving: bool) -> None:
         """The request's KV is on its way to an instance, or has come there."""
@@ -514,11 +532,21 @@ class RequestTable:
         self._caches |= tokens > 0
         self._changed[rows] = True
 
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests are on instances."""
+        return len(self._running)
+
     def waiting_cached_tokens(self) -> Ints:
         """[waiting, instances]: rows as in `waiting`; see `State.cached_tokens`."""
-        num_waiting = len(self.waiting())
         if not self._caches:  # nobody ever had anything
-            return np.broadcast_to(np.int64(0), (num_waiting, self.cached_tokens.shape[1]))
+            return np.broadcast_to(np.int64(0), (self.num_waiting, self.cached_tokens.shape[1]))
+        self.waiting()
         cached: Ints = self.cached_tokens[self._waiting.rows]
         cached.flags.writeable = False
         return cached

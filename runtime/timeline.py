@@ -64,6 +64,18 @@ class Move:
     begin_us: int
     end_us: int
 
+    @classmethod
+    def of(cls, imported: KVImported) -> "Move":
+        """The move that ended so."""
+        return cls(
+            request_id=imported.request_id,
+            source=imported.source,
+            target=imported.instance,
+            num_bytes=imported.num_bytes,
+            begin_us=imported.begin_us,
+            end_us=imported.end_us,
+        )
+
 
 class Timeline:
     """Collects what happened; `hear` takes an engine's events in any order."""
@@ -91,16 +103,7 @@ class Timeline:
         elif isinstance(event, KVImported):
             self._know(event.source)
             self._know(event.instance)
-            self.moves.append(
-                Move(
-                    request_id=event.request_id,
-                    source=event.source,
-                    target=event.instance,
-                    num_bytes=event.num_bytes,
-                    begin_us=event.begin_us,
-                    end_us=event.end_us,
-                )
-            )
+            self.moves.append(Move.of(event))
 
     @property
     def kv_moved_bytes(self) -> int:

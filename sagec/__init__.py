@@ -14,27 +14,41 @@ if TYPE_CHECKING:
     from sagec.builder import IRNode as IRNode
     from sagec.compiler import IROptimizer as IROptimizer
     from sagec.compiler import PDSeparator as PDSeparator
+    from sagec.lowering.execution_graph_builder import (
+        ExecutionGraphBuilder as ExecutionGraphBuilder,
+    )
+    from sagec.passes.execution_graph import ExecutionGraph as ExecutionGraph
+    from sagec.passes.execution_graph import OpType as OpType
+    from sagec.passes.execution_graph import TensorRef as TensorRef
     from sagec.runtime.executor import ExecutorAPI as ExecutorAPI
     from sagec.runtime.plan import ExecutionPlan as ExecutionPlan
 
 _HOME = {
+    "ExecutionGraph": "sagec.passes.execution_graph",
+    "ExecutionGraphBuilder": "sagec.lowering.execution_graph_builder",
     "ExecutionPlan": "sagec.runtime.plan",
     "ExecutorAPI": "sagec.runtime.executor",
     "IRBuilder": "sagec.builder",
     "IRGraph": "sagec.builder",
     "IRNode": "sagec.builder",
     "IROptimizer": "sagec.compiler",
+    "OpType": "sagec.passes.execution_graph",
     "PDSeparator": "sagec.compiler",
+    "TensorRef": "sagec.passes.execution_graph",
 }
 
 __all__ = [
+    "ExecutionGraph",
+    "ExecutionGraphBuilder",
     "ExecutionPlan",
     "ExecutorAPI",
     "IRBuilder",
     "IRGraph",
     "IRNode",
     "IROptimizer",
+    "OpType",
     "PDSeparator",
+    "TensorRef",
 ]
 
 

@@ -21,7 +21,7 @@ from sagec.lowering.execution_plan import plans_of
 from sagec.passes import flow
 from sagec.passes.separate_phases import separate
 from sagec.passes.topology import topology_of
-from sagec.pipelines import DEFAULT, PIPELINES
+from sagec.pipelines import DEFAULT, expanded
 from sagec.runtime.plan import ExecutionPlan
 from sagec.runtime.request import Request
 from sagec.runtime.strategies import Strategy, StrategyError, known
@@ -30,7 +30,7 @@ from sagec.universe import PASSES, sagec_context
 
 if TYPE_CHECKING:
     from sagec.language.syntax import Program
-    from sagec.planner import CompilingPlanner
+    from sagec.planner import Planner
 
 AfterPass = Callable[[ModulePass | None, ModuleOp, ModulePass | None], None]
 """Called between passes: with the one that ran, the module, and the one that comes next."""
@@ -68,12 +68,20 @@ class Unit:
             raise StrategyError(f"no strategy {named!r}; {there_are(named, [*own, *known()])}")
         return strategies.strategy_of(named)
 
-    def requests(self) -> list[Request]:
-        """The requests of the file, with their prompts' token ids. Raises Diagnostic."""
+    @property
+    def notes(self) -> list[str]:
+        """What its reader should be told, as lines of a trace that were skipped."""
+        return list(self.program.notes.values()) if self.program is not None else []
+
+    def requests(self, *, counted: bool = False) -> list[Request]:
+        """The requests of the file, with their prompts' token ids. Raises Diagnostic.
+
+        counted: who asks only counts tokens, so that prompts may be any of the right length.
+        """
         if self.program is not None:
             from sagec import language
 
-            return language.requests(self.program)
+            return language.requests(self.program, counted=counted)
         from sagec.prompts import requests_of
 
         return requests_of(self.module)
@@ -124,11 +132,14 @@ class Compiler:
         """The plans of a module that has been optimised, one for each instance with work."""
         return plans_of(module)
 
-    def planner(self, module: ModuleOp, horizon: int | None = None) -> CompilingPlanner:
-        """A planner for the loop: the module's cluster, and how its graph wants to be served."""
-        from sagec.planner import CompilingPlanner
+    def planner(self, module: ModuleOp, horizon: int | None = None, how: str = "direct") -> Planner:
+        """A planner for the loop: the module's cluster, and how its graph wants to be served.
 
-        return CompilingPlanner.of(module, horizon)
+        how: one of `sagec.planner.PLANNERS`.
+        """
+        from sagec.planner import planner_of
+
+        return planner_of(module, horizon, how)
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,8 +149,7 @@ def _parsed(text: str) -> tuple[ModulePass, ...]:
 
 def passes_of(pipeline: str, callback: AfterPass | None = None) -> PassPipeline:
     """The passes of a named pipeline, or of a text that names them; parsed once."""
-    named = PIPELINES.get(pipeline)
-    passes = _parsed(named.text if named is not None else pipeline)
+    passes = _parsed(expanded(pipeline))
     return PassPipeline(passes, callback or (lambda *_: None))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -39,5 +40,23 @@ PIPELINES: dict[str, Pipeline] = {
     ),
 }
 """A name of `sagec opt -p` and `sagec compile --pipeline`."""
+
+_WORD = re.compile(r'\{(?:"(?:\\.|[^"\\])*"|[^}"])*\}|[\w-]+(?!\{)')
+"""Options in braces, or a name without any."""
+
+
+def expanded(text: str) -> str:
+    """The text with the passes of each named pipeline in its place.
+
+    >>> expanded("check,legalize")
+    'order,apply-decision,legalize'
+    """
+
+    def passes(word: re.Match[str]) -> str:
+        named = PIPELINES.get(word[0])
+        return word[0] if named is None else named.text
+
+    return _WORD.sub(passes, text)
+
 
 DEFAULT = "serve"

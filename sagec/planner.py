@@ -1,10 +1,15 @@
-"""The planner that the loop is given: a round's state and decision through the compiler."""
+"""The planners that the loop is given: a round's state and decision through the compiler, or past
+it where the answer is the same."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Operation
+from xdsl.passes import PassPipeline
 
 from sagec.builder import IRBuilder
 from sagec.compiler import passes_of
@@ -12,9 +17,18 @@ from sagec.dialects import pd
 from sagec.dialects.cluster import InstanceOp
 from sagec.dialects.scalars import int_attr
 from sagec.lowering.execution_plan import plans_of
-from sagec.lowering.targets import ability_of
+from sagec.lowering.legalize import instance_faults
+from sagec.lowering.targets import Ability, ability_of, turbomind
 from sagec.passes import flow
+from sagec.passes.errors import PassError
+from sagec.passes.topology import Instance as Placed
+from sagec.passes.topology import topology_of
 from sagec.pipelines import PIPELINES
+from sagec.runtime.direct.cluster import Abilities, Cluster
+from sagec.runtime.direct.planner import DirectPlanner
+from sagec.runtime.direct.waves import NotCovered
+from sagec.runtime.engines import Engine
+from sagec.runtime.loop import Instance
 from sagec.runtime.plan import ExecutionPlan
 from sagec.runtime.state import Decision, State
 from sagec.universe import sagec_context
@@ -36,6 +50,20 @@ def put_on(module: ModuleOp, engine: str) -> None:
             op.properties.pop("options", None)
             if most:
                 op.properties["max_partial_prefills"] = int_attr(most)
+
+
+def member_of(placed: Placed, engine: Engine) -> Instance:
+    """What the loop is told of an instance of a file that runs on `engine`."""
+    return Instance(
+        id=placed.name,
+        role=placed.role,
+        engine=placed.engine,
+        capability=engine.capability(),
+        model=placed.model.name,
+        cost=placed.cost,
+        pool=placed.pool,
+        switch_us=placed.switch_us,
+    )
 
 
 class CompilingPlanner:
@@ -117,6 +145,102 @@ class CompilingPlanner:
         if shape not in self._verified:
             graph.verify()
             self._verified.add(shape)
+
+
+class DirectFirstPlanner:
+    """Plans without the compiler where that gives the same plans, and with it where not.
+
+    fallbacks: how many rounds went to the compiler, by the reason why; planned: how many did not.
+    Rounds that are refused go to the compiler too, which says why.
+    """
+
+    def __init__(self, compiler: CompilingPlanner) -> None:
+        self.compiler = compiler
+        self.fallbacks: Counter[str] = Counter()
+        self.planned = 0
+        self._direct = direct_planner_of(compiler)
+
+    @property
+    def builder(self) -> IRBuilder:
+        """The compiler's, which has the settings of a round."""
+        return self.compiler.builder
+
+    @property
+    def passes(self) -> PassPipeline:
+        """The compiler's."""
+        return self.compiler.passes
+
+    def plan(self, state: State, decision: Decision) -> list[ExecutionPlan]:
+        """The plans of a round, one for each instance with work. Raises PassError."""
+        if self._direct is None:
+            self.fallbacks["a cluster or a pipeline that only the compiler knows"] += 1
+            return self.compiler.plan(state, decision)
+        try:
+            plans = self._direct.plan(state, decision)
+        except NotCovered as why:
+            self.fallbacks[str(why)] += 1
+            return self.compiler.plan(state, decision)
+        self.planned += 1
+        return plans
+
+
+Planner = CompilingPlanner | DirectFirstPlanner
+
+PLANNERS: dict[str, Callable[[CompilingPlanner], Planner]] = {
+    "direct": DirectFirstPlanner,
+    "ir": lambda compiler: compiler,
+}
+"""How rounds are planned, by the name that the command line has for it. The plans are the same."""
+
+
+def planner_of(module: ModuleOp, horizon: int | None = None, how: str = "direct") -> Planner:
+    """The planner for a module's cluster; its first graph says mode, chunk and horizon.
+
+    how: one of PLANNERS.
+    """
+    return PLANNERS[how](CompilingPlanner.of(module, horizon))
+
+
+def direct_planner_of(compiler: CompilingPlanner) -> DirectPlanner | None:
+    """The direct planner of the same cluster and settings; None where there can be none."""
+    if compiler.passes.passes != passes_of("round").passes:
+        return None
+    builder = compiler.builder
+    try:
+        cluster = cluster_of(builder.module)
+    except PassError:  # the compiler says it, in every round
+        return None
+    return DirectPlanner(cluster, mode=builder.mode, chunk=builder.chunk, horizon=builder.horizon)
+
+
+def cluster_of(module: ModuleOp) -> Cluster:
+    """A module's cluster as plain data. Raises PassError for a name that nothing has."""
+    topology = topology_of(module)
+    abilities = {
+        one.name: _abilities(ability)
+        for one in topology.instances
+        if (ability := ability_of(one.engine)) is not None
+        and not instance_faults(one)
+        and set(ability.rules) <= _KNOWN_RULES
+    }
+    return Cluster(topology, abilities)
+
+
+_KNOWN_RULES = {turbomind.partial_prefill_is_last, turbomind.no_step_is_empty}
+"""Rules of steps that hold for all that the direct planner makes: of prompts that share a step the
+unfinished ones are the last, and `Abilities.holds_empty_steps` bears on the other."""
+
+
+def _abilities(ability: Ability) -> Abilities:
+    return Abilities(
+        partial_prefills=ability.partial_prefills,
+        chunks_prompts=ability.chunks_prompts,
+        hands_over=ability.hands_over,
+        swaps=ability.swaps,
+        keeps_prefixes=ability.caches_prefixes,
+        adapters=ability.adapters,
+        holds_empty_steps=turbomind.no_step_is_empty not in ability.rules,
+    )
 
 
 def _is_any(op: Operation, instances: frozenset[str]) -> bool:

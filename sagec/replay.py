@@ -16,7 +16,7 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
 from sagec.dialects import pd
-from sagec.planner import CompilingPlanner, put_on
+from sagec.planner import CompilingPlanner, Planner, put_on
 from sagec.runtime.loop import Instance
 from sagec.runtime.plan import digest_of
 from sagec.runtime.recording import Header, Recording, RecordingError, Round
@@ -32,7 +32,7 @@ from sagec.universe import sagec_context
 
 def header_of(
     strategy: Strategy,
-    planner: CompilingPlanner,
+    planner: Planner,
     instances: Sequence[Instance],
     *,
     prompts: bool = True,

@@ -32,9 +32,17 @@ _PASS_HOMES = {
     "chunk-prefill": "passes.chunk_prefill:ChunkPrefillPass",
     "assign-kv": "passes.assign_kv:AssignKVPass",
     "fuse-steps": "passes.fuse_steps:FuseStepsPass",
+    "fuse-communication": "passes.fuse_communication:FuseCommunicationPass",
+    "overlap-communication": "passes.overlap_communication:OverlapCommunicationPass",
+    "prefetch-kv": "passes.prefetch_kv:PrefetchKVPass",
+    "plan-memory": "passes.plan_memory:PlanMemoryPass",
     "legalize": "lowering.legalize:LegalizePass",
+    "convert-pd-to-exec": "lowering.convert_pd_to_exec:ConvertPdToExecPass",
 }
-_TARGET_HOMES = {"plan": "lowering.execution_plan:PlanTarget"}
+_TARGET_HOMES = {
+    "plan": "lowering.execution_plan:PlanTarget",
+    "torch": "lowering.torch_source:TorchTarget",
+}
 
 
 def _lazy(home: str) -> Callable[[], Any]:

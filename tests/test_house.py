@@ -25,7 +25,21 @@ PAGES = sorted(
 
 SEAM = tuple(
     f"sagec.runtime.{name}"
-    for name in ("plan", "plan_text", "clock", "request", "cost", "roofline")
+    for name in (
+        "plan",
+        "plan_text",
+        "clock",
+        "request",
+        "cost",
+        "profile",
+        "roofline",
+        "direct.columns",
+        "direct.chunking",
+        "direct.topology",
+        "direct.work",
+        "direct.packing",
+        "direct.placement",
+    )
 )
 """What the compiler may know of the runtime: data, and how long things take."""
 
@@ -194,8 +208,12 @@ def test_compiling_loads_no_engine() -> None:
         "IRNode",
         "IROptimizer",
         "PDSeparator",
+        "ExecutionGraph",
+        "ExecutionGraphBuilder",
         "ExecutionPlan",
         "ExecutorAPI",
+        "OpType",
+        "TensorRef",
     ),
 )
 def test_the_public_api_is_exported(name: str) -> None:

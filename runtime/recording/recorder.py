@@ -71,19 +71,23 @@ class Recorder:
         keep_files: int = 8,
         keyframe_rounds: int = 512,
         retry_s: float = 1.0,
+        name: str = "",
     ) -> None:
         """clock: the loop's. A file of rotate_bytes becomes FILE.1, that FILE.2, up to keep_files;
         so does a recording that is there already. Every keyframe_rounds a round is written with
-        all it needs. retry_s: after a failure to write, how long until the next attempt.
+        all it needs. retry_s: after a failure to write, how long until the next attempt. name: of
+        the recording, which then has nothing of the wall's time in it, so that a simulated run is
+        recorded to the same bytes again; "": one that no other has.
 
         Raises OSError where the file cannot be opened, RecordingError where it is something else.
         """
-        for name, value in (("keep_files", keep_files), ("keyframe_rounds", keyframe_rounds)):
+        for option, value in (("keep_files", keep_files), ("keyframe_rounds", keyframe_rounds)):
             if value < 1:
-                raise RecordingError(f"{name} {value}: 1 or more")
+                raise RecordingError(f"{option} {value}: 1 or more")
         self.rounds = self.lost_rounds = self.written_bytes = 0
         self.error = ""
-        self._clock, self._header = clock, _begun(header, clock)
+        self._clock, self._header = clock, _begun(header, clock, name)
+        self._named = bool(name)
         self._rotate_bytes, self._full_bytes = rotate_bytes, rotate_bytes
         self._keyframe_rounds = keyframe_rounds
         self._retry_s, self._failed_s = retry_s, 0.0
@@ -101,7 +105,7 @@ class Recorder:
         self._write_by_type = self._writers()
         self._file = RotatingFile(Path(path), keep_files)
         self._begins, self._closed = True, False
-        self._written_s = time.monotonic()
+        self._written_s = self._now_s()
         self._write()
 
     def __enter__(self) -> "Recorder":
@@ -125,6 +129,10 @@ class Recorder:
             self._write()
             self._file.close()
             self._closed = True
+
+    def _now_s(self) -> float:
+        """By which writes are spaced: the wall's time, unless none of it is to be seen."""
+        return self._clock.now_us() / 1e6 if self._named else time.monotonic()
 
     # What is heard, as entries.
 
@@ -151,7 +159,7 @@ class Recorder:
             if write := self._write_by_type.get(type(said)):
                 write(said)
         self._bundle_tokens()
-        waited_s = time.monotonic() - self._written_s
+        waited_s = self._now_s() - self._written_s
         if self._pending_rounds or (self._entries and waited_s >= FLUSH_S):
             self._write()
 
@@ -288,7 +296,7 @@ class Recorder:
 
     def _may_write(self) -> bool:
         """Whether writing works, or it is time to try it again."""
-        return not self.error or time.monotonic() - self._failed_s >= self._retry_s
+        return not self.error or self._now_s() - self._failed_s >= self._retry_s
 
     def _write(self) -> None:
         """Write all there is in one piece."""
@@ -317,7 +325,7 @@ class Recorder:
         self.written_bytes += len(content)
         self._pending_rounds = self._gap_rounds = 0
         self._frames.clear()
-        self._written_s = time.monotonic()
+        self._written_s = self._now_s()
 
     def _close_entries(self) -> None:
         """The entries so far as a frame, so that a round can follow them."""
@@ -355,7 +363,7 @@ class Recorder:
         """What was to be written is lost; the next that is written is a keyframe."""
         if not self.error:
             _log.error("recording to %s fails, serving goes on: %s", self._file.path, error)
-        self.error, self._failed_s = error, time.monotonic()
+        self.error, self._failed_s = error, self._now_s()
         self._drop()
 
     def _drop(self) -> None:
@@ -367,12 +375,11 @@ class Recorder:
         self._begins, self._writer = True, None
 
 
-def _begun(header: entries.Header, clock: Clock) -> entries.Header:
+def _begun(header: entries.Header, clock: Clock, name: str) -> entries.Header:
     """The header of a recording that begins now."""
+    header = msgspec.structs.replace(header, begun_us=clock.now_us(), tables=all_kinds())
+    if name:
+        return msgspec.structs.replace(header, recording=name)
     return msgspec.structs.replace(
-        header,
-        recording=secrets.token_hex(8),
-        begun_unix_us=time.time_ns() // 1000,
-        begun_us=clock.now_us(),
-        tables=all_kinds(),
+        header, recording=secrets.token_hex(8), begun_unix_us=time.time_ns() // 1000
     )

@@ -11,6 +11,7 @@ from sagec.cli import serving, writing
 from sagec.cli.failure import InputError
 from sagec.explain import counted, named
 from sagec.passes.topology import topology_of
+from sagec.planner import DirectFirstPlanner, member_of
 from sagec.replay import Asked, Replay, asked
 from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Finished, Token
@@ -31,13 +32,13 @@ def run(args: argparse.Namespace, recording: Recording) -> int:
     if not specs:
         raise InputError(f"{recording.path}: no instance in its cluster")
     running = serving.started(specs, one_process=True)
-    known = [serving.as_known(instance, running) for instance in placed]
+    known = [member_of(instance, running[instance.name]) for instance in placed]
     tokens: dict[str, list[int]] = {each.request.id: [] for each in every}
-    num_tokens = 0
+    num_tokens, planner = 0, DirectFirstPlanner(replay.planner)
     requests = [each.request for each in every]
     serve = writing.working(f"serving {counted(len(every), 'request')} again")
     with ExecutorAPI(running, known) as executor, serve:
-        for output in executor.serve(requests, replay.strategy, replay.planner):
+        for output in executor.serve(requests, replay.strategy, planner):
             if isinstance(output, Token):
                 tokens[output.request_id].append(output.token)
             elif isinstance(output, Finished):

@@ -148,6 +148,7 @@ _RENDER: dict[str, Callable[[Any], str]] = {
     "sagec.cli.failure.InputError": _plain,
     "sagec.diagnostics.Diagnostic": _placed,
     "sagec.runtime.plan.PlanError": _plain,
+    "sagec.runtime.profile.ProfileError": _plain,
     "sagec.runtime.request.RequestError": _plain,
     "sagec.runtime.engines.EngineError": _plain,
     "sagec.runtime.engines.turbomind.native.NativeError": _plain,

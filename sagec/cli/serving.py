@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from sagec import programs
 from sagec.cli import figures, observing, writing
 from sagec.cli.failure import InputError, UsageError, unknown
 from sagec.cli.stream import Stream, stream_for
@@ -17,9 +17,10 @@ from sagec.cli.text import Transcript, decoder_of
 from sagec.diagnostics import Diagnostic
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
-from sagec.planner import put_on
+from sagec.planner import member_of, put_on
 from sagec.runtime import engines, process
 from sagec.runtime.clock import WallClock
+from sagec.runtime.compiled import cache_folder
 from sagec.runtime.conformance import Conformance
 from sagec.runtime.engines import Engine, EngineError, InstanceSpec
 from sagec.runtime.executor import ExecutorAPI
@@ -32,7 +33,7 @@ from sagec.runtime.timeline import Timeline
 
 if TYPE_CHECKING:
     from sagec.compiler import Unit
-    from sagec.planner import CompilingPlanner
+    from sagec.planner import Planner
 
 CHANNELS = {True: "local", False: "shared-memory"}
 """How KV moves, by whether all instances are in one process."""
@@ -67,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{unit.name}: no instance to serve on; say where in a cluster")
     served = _Served(requests, {i.model.name: i.model.path for i in placed}, args.json)
     timeline = Timeline([spec.id for spec in specs])
-    planner = compiler.planner(unit.module, horizon=args.horizon)
+    planner = compiler.planner(unit.module, args.horizon, args.planner)
     running = started(specs, args.one_process)
-    known = [as_known(instance, running) for instance in placed]
+    known = [member_of(instance, running[instance.name]) for instance in placed]
     make = {spec.id: functools.partial(_made, spec, args.one_process) for spec in specs}
     watch = [timeline.hear, served.hear]
     with ExitStack() as stack:
@@ -100,9 +101,14 @@ def strategy_for(unit: Unit, text: str | None) -> Strategy:
         raise UsageError(f"--strategy: {error}") from None
 
 
-def chosen(unit: Unit, limit: int | None) -> list[Request]:
-    """The first requests of the file. Raises InputError where there are none."""
-    requests = unit.requests()[:limit]
+def chosen(unit: Unit, limit: int | None, *, counted: bool = False) -> list[Request]:
+    """The first requests of the file; what their reader should know goes to stderr.
+
+    Raises InputError where there are none.
+    """
+    requests = unit.requests(counted=counted)[:limit]
+    for note in unit.notes:
+        print(note, file=sys.stderr)
     if not requests:
         raise InputError(f'{unit.name}: no request to serve; add one: request "hello" ...')
     return requests
@@ -120,20 +126,16 @@ def spec_of(instance: Placed, one_process: bool) -> InstanceSpec:
     name = instance.engine
     if name not in engines.known():
         raise InputError(f"instance @{instance.name}: {unknown('engine', name, engines.known())}")
-    options = {}
+    options, said = dict[str, str](), said_options(instance)
     if name == "torch":
-        device = instance.devices[0].kind if instance.devices else "cpu"
-        options = {
-            "device": "cpu" if device == "cpu" else "cuda",
-            "dtype": DTYPES.get(instance.dtype, instance.dtype),
-            "channel": CHANNELS[one_process],
-        }
+        options = torch_options(instance) | {"channel": CHANNELS[one_process]}
+        if "program" not in said:
+            options["program"] = generated(instance)
     if name == "turbomind":
         options = turbomind_options(instance) | {"channel": CHANNELS[one_process]}
     if name == "sim" and instance.devices:
-        cost = dataclasses.asdict(instance.cost)
-        options = {field: repr(value) for field, value in cost.items()}
-    options |= said_options(instance)
+        options = instance.cost.to_options()
+    options |= said
     return InstanceSpec(
         id=instance.name,
         engine=name,
@@ -142,6 +144,36 @@ def spec_of(instance: Placed, one_process: bool) -> InstanceSpec:
         block_tokens=instance.block_tokens,
         options=options,
     )
+
+
+def torch_options(instance: Placed) -> dict[str, str]:
+    """What the torch engine is told of an instance."""
+    device = instance.devices[0].kind if instance.devices else "cpu"
+    return {
+        "device": "cpu" if device == "cpu" else "cuda",
+        "dtype": DTYPES.get(instance.dtype, instance.dtype),
+        "tp": str(instance.tp),
+    }
+
+
+def generated(instance: Placed) -> str:
+    """The file of the code that computes the instance's steps.
+
+    Where none can be kept, hand-written layers do, which one rank has: "off". Raises InputError.
+    """
+    program = programs.program_for(instance)
+    try:
+        return str(programs.kept(program))
+    except OSError as error:
+        place = f"{error.filename or cache_folder()}: {error.strerror or error}"
+        why = f"instance @{instance.name}: no generated code: {place}"
+        if instance.tp > 1:
+            raise InputError(f"{why}; SAGEC_CACHE names another folder") from None
+        print(
+            f"{why}; hand-written layers compute its steps (SAGEC_CACHE names another folder)",
+            file=sys.stderr,
+        )
+        return "off"
 
 
 def turbomind_options(instance: Placed) -> dict[str, str]:
@@ -188,20 +220,6 @@ def _made(spec: InstanceSpec, one_process: bool) -> Engine:
     return engines.create(spec) if one_process else process.ProcessEngine(spec)
 
 
-def as_known(instance: Placed, running: Mapping[str, Engine]) -> Instance:
-    """What the loop is told of an instance that runs."""
-    return Instance(
-        id=instance.name,
-        role=instance.role,
-        engine=instance.engine,
-        capability=running[instance.name].capability(),
-        model=instance.model.name,
-        cost=instance.cost,
-        pool=instance.pool,
-        switch_us=instance.switch_us,
-    )
-
-
 def check_layouts(known: Sequence[Instance]) -> None:
     """Raise EngineError where nobody who decodes a model can take the KV of who prefills it."""
     for source in known:
@@ -223,7 +241,7 @@ def check_layouts(known: Sequence[Instance]) -> None:
 def _recorder(
     args: argparse.Namespace,
     strategy: Strategy,
-    planner: CompilingPlanner,
+    planner: Planner,
     instances: Sequence[Instance],
 ) -> Recorder:
     from sagec.replay import header_of

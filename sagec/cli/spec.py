@@ -14,6 +14,7 @@ from xdsl.utils.exceptions import ArgSpecParseError
 from xdsl.utils.hints import type_repr
 from xdsl.utils.target import Target
 
+from sagec import pipelines
 from sagec.cli.failure import UsageError, message, unknown
 from sagec.pipelines import PIPELINES
 
@@ -37,13 +38,12 @@ def target(text: str, available: Mapping[str, Callable[[], type[Target]]]) -> Ta
 
 
 def expanded(text: str) -> str:
-    """The text of a named pipeline, or `text` itself where it names passes, without spaces.
+    """The text with the passes of the named pipelines in it, without spaces.
 
     Spaces beside commas and braces, which xDSL refuses, mean nothing.
     """
-    if text.strip() in PIPELINES:
-        return PIPELINES[text.strip()].text
-    return re.sub(r'("(?:\\.|[^"\\])*")|\s*([,{}=])\s*', r"\1\2", text.strip())
+    dense = re.sub(r'("(?:\\.|[^"\\])*")|\s*([,{}=])\s*', r"\1\2", text.strip())
+    return pipelines.expanded(dense)
 
 
 def options(kind: type[ArgSpecConvertible]) -> list[tuple[str, str, str | None]]:
@@ -81,6 +81,8 @@ def _specs(text: str) -> list[ArgSpec]:
 
 
 def _made(kind: str, spec: ArgSpec, available: Mapping[str, Callable[[], type[MadeT]]]) -> MadeT:
+    if kind == "pass" and spec.name in PIPELINES:
+        raise UsageError(f"pipeline {spec.name} takes no options; give them to its passes")
     if spec.name not in available:
         named = PIPELINES if kind == "pass" else ()
         raise UsageError(unknown(kind, spec.name, [*available, *named]))

@@ -33,10 +33,11 @@ def lower(program: Program) -> ModuleOp:
     return lower_program(program)
 
 
-def requests(program: Program) -> list[Request]:
+def requests(program: Program, *, counted: bool = False) -> list[Request]:
     """The requests of a program with their prompts' token ids; none where it serves nothing.
 
-    Raises Diagnostic.
+    counted: prompts that are no text are any tokens, a range for each; what requests share of
+    them, their `block_hashes` say. Raises Diagnostic.
     """
     if program.serve is None:
         return []
@@ -44,7 +45,7 @@ def requests(program: Program) -> list[Request]:
     from sagec.language.resolution import resolve
     from sagec.language.workload import workload
 
-    return requests_of(workload(resolve(program)))
+    return requests_of(workload(resolve(program)), counted=counted)
 
 
 def format(text: str, name: str = "<text>") -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from sagec.diagnostics import there_are
 from sagec.language import syntax
 from sagec.language.errors import Errors
-from sagec.language.models import Scalars, scalars_of
-from sagec.language.syntax import Word
+from sagec.language.models import Scalars, relative_to_source, scalars_of
+from sagec.language.syntax import Value, Word
+from sagec.runtime import profile
 
 MOST_LINKS = 65536
 """That one statement may stand for."""
@@ -18,10 +19,12 @@ MOST_LINKS = 65536
 DEVICE_KINDS: dict[str, tuple[int, float, float]] = {
     "cpu": (16, 1e12, 2e10),
     "a10": (24, 1.25e14, 6e11),
+    "a10g": (24, 7e13, 6e11),
     "a100": (80, 3.12e14, 2.04e12),
     "b200": (180, 2.25e15, 8e12),
     "h100": (80, 9.9e14, 3.35e12),
     "h200": (141, 9.9e14, 4.8e12),
+    "h800": (80, 9.9e14, 3.35e12),
     "l4": (24, 1.21e14, 3e11),
     "l40s": (48, 3.62e14, 8.64e11),
     "mi300x": (192, 1.3e15, 5.3e12),
@@ -64,11 +67,24 @@ def resolve_devices(device: syntax.Device, errors: Errors) -> list[Device]:
         hint = f"{there_are(kind, DEVICE_KINDS)}; or say memory, flops and bandwidth"
         errors.at(device.settings["kind"], f"no device kind '{kind}'", hint)
     scalars |= said
+    if "profile" in scalars:
+        scalars["profile"] = _profile(device.settings["profile"], errors)
     first = device.names[0].text
     return [
         Device(name, device.begin, scalars, first if name.text != first else None)
         for name in device.names
     ]
+
+
+def _profile(path: Value, errors: Errors) -> str:
+    """Where the profile is, seen from where we are; the errors say if it is none."""
+    place = str(relative_to_source(errors.source.name, str(path.value)))
+    try:
+        profile.read(place)
+    except profile.ProfileError as error:
+        message, _, hint = str(error).partition("; ")
+        errors.at(path, message, hint or "sagec profile writes one; the path counts from this file")
+    return place
 
 
 def resolve_links(link: syntax.Link, cluster: syntax.Cluster, errors: Errors) -> Iterator[Link]:

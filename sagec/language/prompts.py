@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from msgspec.structs import replace
 
+from sagec.dialects.cluster import INSTANCE_SCALARS
 from sagec.language.models import Model
 from sagec.language.settings import AT_END_OF_TEXT
 from sagec.language.traces import MOONCAKE_BLOCK_TOKENS
 from sagec.language.workload import Workload, drawn_tokens, sample_id
+from sagec.runtime.kv.hashes import block_hashes
 from sagec.runtime.request import Request, Sampling
 
 _AS_THEY_ARE = ("priority", "tenant", "session", "adapter")
 _MOST_SHARED = 2**20
+_BLOCK_TOKENS = next(s.default for s in INSTANCE_SCALARS if s.name == "block_tokens")
+
+_Prompt = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens, and hashes of their blocks where they are known."""
 
 
-def requests_of(loaded: Workload) -> list[Request]:
-    """The requests as a loop takes them; one with `samples n` is n requests, `id#0` to `id#n-1`."""
-    return [request for index in range(len(loaded.rows)) for request in _requests(loaded, index)]
+def requests_of(loaded: Workload, *, counted: bool = False) -> list[Request]:
+    """The requests as a loop takes them; one with `samples n` is n requests, `id#0` to `id#n-1`.
+
+    counted: prompts that are no text are ranges, which cost nothing.
+    """
+    prompt = _counted_prompt if counted else _prompt
+    begins = itertools.accumulate(loaded.prompt_tokens, initial=0)
+    return [
+        request
+        for index, begin in zip(range(len(loaded.rows)), begins, strict=False)
+        for request in _requests(loaded, index, functools.partial(prompt, begin=begin))
+    ]
 
 
-def _requests(loaded: Workload, index: int) -> list[Request]:
+def _requests(
+    loaded: Workload, index: int, prompt: Callable[[Workload, int, Model], _Prompt]
+) -> list[Request]:
     row, model = loaded.rows[index], loaded.scene.models[loaded.models[index]]
     said: dict[str, Any] = dict(row.said)
     samples, seed, stops = said.get("samples", 1), said.get("seed"), said.get("stop", ())
+    tokens, hashes = prompt(loaded, index, model)
     first = Request(
         id=row.id,
-        prompt=_prompt(loaded, index, model),
+        prompt=tokens,
+        block_hashes=hashes,
         max_output_tokens=said.get("generate"),
         sampling=_sampling(said, seed),
         stop_tokens=model.end_tokens if AT_END_OF_TEXT in stops else (),
@@ -54,7 +75,40 @@ def _sampling(said: dict[str, Any], seed: int | None) -> Sampling:
     return Sampling(**given, seed=seed)
 
 
-def _prompt(loaded: Workload, index: int, model: Model) -> tuple[int, ...]:
+def _counted_prompt(loaded: Workload, index: int, model: Model, begin: int) -> _Prompt:
+    """A range that no other request has, and the hashes of the blocks that a trace says it has.
+
+    A simulated instance counts tokens, so that a range will do for what the type calls a tuple.
+    """
+    if (ids := loaded.texts.get(index)) is not None:
+        return tuple(ids), ()
+    length = loaded.prompt_tokens[index]
+    blocks = loaded.rows[index].blocks[: length // MOONCAKE_BLOCK_TOKENS]
+    instances = loaded.scene.instances.values()
+    sizes = {int(one.scalars.get("block_tokens", _BLOCK_TOKENS)) for one in instances}
+    hashes: Sequence[int] = ()
+    if len(sizes) == 1:  # otherwise a hash would be of other tokens from one instance to the next
+        (size,) = sizes
+        alone = range(begin, begin + length // size)
+        hashes = _hashes(block_hashes(blocks, 1), size, length) if blocks else alone
+    return cast(_Prompt, (range(begin, begin + length), hashes))
+
+
+def _hashes(named: Sequence[int], block_tokens: int, length: int) -> tuple[int, ...]:
+    """Hashes of blocks of another size, from those of a trace's blocks."""
+    if block_tokens >= MOONCAKE_BLOCK_TOKENS:
+        each = block_tokens // MOONCAKE_BLOCK_TOKENS
+        return tuple(named[each - 1 :: each]) if not block_tokens % MOONCAKE_BLOCK_TOKENS else ()
+    parts = range(MOONCAKE_BLOCK_TOKENS // block_tokens)
+    smaller = (hash((one, part)) for one in named for part in parts)
+    return tuple(itertools.islice(smaller, length // block_tokens))
+
+
+def _prompt(loaded: Workload, index: int, model: Model, begin: int) -> _Prompt:
+    return _tokens(loaded, index, model), ()
+
+
+def _tokens(loaded: Workload, index: int, model: Model) -> tuple[int, ...]:
     if (ids := loaded.texts.get(index)) is not None:
         return tuple(ids)
     row, vocab = loaded.rows[index], int(model.scalars["vocab"])

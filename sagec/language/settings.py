@@ -129,6 +129,9 @@ DEVICE: Table = _table(
     Setting("memory", Kind.BYTES, "for weights and KV", 1),
     Setting("flops", Kind.FLOPS, "arithmetic in the weights' type", 1, 1e30),
     Setting("bandwidth", Kind.BANDWIDTH, "of its memory", 1, 1e30),
+    Setting(
+        "profile", Kind.TEXT, "file of measured steps (sagec profile), which decide their time"
+    ),
 )
 
 LINK: Table = _table(
@@ -191,6 +194,12 @@ REPLAY: Table = _table(
     Setting("rate", Kind.REAL, "so many times as fast as it was recorded", 0, 1e9, above=True),
     _count("limit", "only the first so many requests"),
     _count("clip", "prompts of at most so many tokens, longer ones are cut"),
+    Setting(
+        "broken_lines",
+        Kind.CHOICE,
+        "refuse them, if not said, or skip and count them",
+        choices=("refuse", "skip"),
+    ),
     *_TOLD,
 )
 

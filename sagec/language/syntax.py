@@ -159,13 +159,17 @@ class Serve:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A .sage file that parses; whether its names mean something, `lower` finds out."""
+    """A .sage file that parses; whether its names mean something, `lower` finds out.
+
+    notes: what whoever reads it should be told of the files that it names, by file.
+    """
 
     source: Source
     models: tuple[Model, ...]
     clusters: tuple[Cluster, ...]
     serve: Serve | None
     strategies: tuple[Strategy, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
 
     def error(self, at: Word | Value, message: str, hint: str = "") -> Diagnostic:
         """The error that points at a name or value of this program."""

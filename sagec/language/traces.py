@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +36,14 @@ class Recorded(NamedTuple):
 Parsed = tuple[int, int, int, tuple[int, ...]]
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[Recorded]:
+def read_trace(
+    path: Path, limit: int | None = None, skipped: list[Diagnostic] | None = None
+) -> list[Recorded]:
     """The requests of a trace, in order of arrival; at most `limit`.
 
-    Raises Diagnostic, with the line of the trace, and OSError.
+    skipped: gets what is wrong with lines that do not parse, which are left out then.
+
+    Raises Diagnostic, with the line of the trace, where `skipped` is None; OSError.
     """
     source = Source(str(path), path.read_bytes().decode("utf-8", "replace"))
     lines = ((n, line) for n, line in enumerate(source.text.split("\n"), 1) if line.strip())
@@ -49,7 +54,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[Recorded]:
     rows = [first] if parse is _parse_mooncake else []
     if parse is _parse_azure:
         _check_header(source, first)
-    parsed = list(_read(source, parse, rows, lines, limit))
+    parsed = list(_read(source, parse, itertools.chain(rows, lines), limit, skipped))
     if not parsed:
         raise source.error(0, 0, "the trace has no requests", "a line for each, after the header")
     begin_us = min(row[0] for row in parsed)
@@ -60,21 +65,24 @@ def read_trace(path: Path, limit: int | None = None) -> list[Recorded]:
 def _read(
     source: Source,
     parse: Callable[[str], Parsed],
-    rows: list[tuple[int, str]],
-    lines: Iterator[tuple[int, str]],
+    lines: Iterable[tuple[int, str]],
     limit: int | None,
+    skipped: list[Diagnostic] | None,
 ) -> Iterator[Parsed]:
     count = 0
-    for group in (rows, lines):
-        for number, line in group:
-            if count == limit:
-                return
-            count += 1
-            try:
-                parsed = parse(line.rstrip("\r"))
-            except _BadLine as error:
-                raise _line_error(source, number, line, error) from None
-            yield parsed
+    for number, line in lines:
+        if count == limit:
+            return
+        try:
+            parsed = parse(line.rstrip("\r"))
+        except _BadLine as error:
+            wrong = _line_error(source, number, line, error)
+            if skipped is None:
+                raise wrong from None
+            skipped.append(wrong)
+            continue
+        count += 1
+        yield parsed
 
 
 class _BadLine(ValueError):

@@ -140,12 +140,17 @@ class _Loader:
         path = relative_to_source(self.program.source.name, str(replay.path.value))
         own: dict[str, Any] = {name: value.value for name, value in replay.settings.items()}
         try:
-            recorded = read_trace(path, own.get("limit"))
+            skipped: list[Diagnostic] | None = [] if own.get("broken_lines") == "skip" else None
+            recorded = read_trace(path, own.get("limit"), skipped)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             parent = Path(self.program.source.name).parent
             hint = f"a CSV or JSON lines file; the path counts from {parent}"
             raise self.program.error(replay.path, f"no trace {path}: {reason}", hint) from None
+        if skipped:
+            first, lines = skipped[0], "line" if len(skipped) == 1 else "lines"
+            said_of = f"{len(skipped)} {lines} skipped; the first: {first.place}: {first.message}"
+            self.program.notes[str(path)] = said_of
         said = shared | _shared(replay.settings)
         rate, clip = own.get("rate", 1.0), own.get("clip", settings.MOST_TOKENS)
         return [

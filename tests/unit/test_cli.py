@@ -235,6 +235,7 @@ def test_nothing_is_written_into_a_folder_that_is_missing(
     ("text", "said"),
     [
         ("canonicalise", "no pass 'canonicalise'; did you mean 'canonicalize'?"),
+        ("order,check{x=1}", "pipeline check takes no options; give them to its passes"),
         ("cse{x=1}", "pass cse: no option 'x'; there are none"),
         ("cse{", "'cse{' does not parse as passes"),
         ("cse,,dce", "'cse,,dce' does not parse as passes"),

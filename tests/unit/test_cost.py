@@ -1,13 +1,17 @@
-"""The roofline of a step: what it says of tokens, pairs, KV, and their sums."""
+"""The cost of a step: what roofline and fit say of tokens, pairs, KV, and their sums."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagec.runtime.cost import STEP_OVERHEAD_US, StepCost
+from sagec.runtime.cost import STEP_OVERHEAD_US, Curve, Fit, StepCost, fit_text, read_fit
+from sagec.runtime.engines import EngineError, InstanceSpec
+from sagec.runtime.engines.sim.options import read_options
 
 COST = StepCost(
     flops_per_token=2e9,
@@ -73,3 +77,128 @@ def test_later_tokens_of_a_prompt_cost_more_for_they_attend_to_more() -> None:
 def test_a_decode_adds_the_reading_of_its_kv_or_its_arithmetic(context: int) -> None:
     arithmetic, traffic = (2e9 + context * 1e5) / 1e14, context * 1e5 / 1e12
     assert float(COST.decode_us(context)) == pytest.approx(1e6 * max(arithmetic, traffic))
+
+
+# A fit
+
+FIT = Fit(
+    prefill=Curve(800.0, (0.0, 64.0), (2.0, 12.5)),
+    pair_us=0.01,
+    decode=Curve(500.0, (0.0, 8.0, 32.0), (0.0, 20.0, 55.0)),
+    context_us=0.2,
+    shared_us=450.0,
+)
+FITTED = dataclasses.replace(COST, fit=FIT)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """Tokens, pairs, tokens of KV and decodes of a step."""
+    prompts, decodes = draw(tokens), draw(st.integers(0, 300))
+    context = draw(tokens) if decodes else 0
+    pairs = draw(tokens) if prompts else 0
+    return prompts + decodes, pairs + context, context, decodes
+
+
+@given(st.lists(steps(), min_size=1, max_size=5))
+def test_a_fit_says_the_same_of_one_step_and_of_many_to_the_bit(
+    some: list[tuple[int, int, int, int]],
+) -> None:
+    each = FITTED.step_us(*np.array(some).T)
+    assert each.tolist() == [FITTED.one_step_us(*step) for step in some]
+
+
+@given(steps())
+def test_where_there_is_a_fit_more_work_of_a_phase_never_takes_less_time(
+    step: tuple[int, int, int, int],
+) -> None:
+    tokens_, pairs, context, decodes = step
+    us = FITTED.one_step_us(*step)
+    assert us > 0
+    assert FITTED.one_step_us(tokens_, pairs + 1, context, decodes) >= us
+    if tokens_ > decodes:
+        assert FITTED.one_step_us(tokens_ + 1, pairs, context, decodes) >= us
+    if decodes:
+        assert FITTED.one_step_us(tokens_ + 1, pairs + 1, context + 1, decodes + 1) >= us
+    if tokens_ > decodes > 0:
+        alone = FITTED.one_step_us(tokens_ - decodes, pairs - context, 0, 0)
+        assert us >= alone
+
+
+def test_a_fit_counts_alone_whatever_the_device_could_do() -> None:
+    faster = dataclasses.replace(FITTED, flops_per_s=1e20, bytes_per_s=1e20)
+    assert faster.one_step_us(300, 9000, 5000, 40) == FITTED.one_step_us(300, 9000, 5000, 40)
+
+
+def test_a_step_of_both_phases_takes_both_less_what_they_share() -> None:
+    both = FITTED.one_step_us(100 + 10, 5050 + 900, 900, 10)
+    prefill = FITTED.one_step_us(100, 5050, 0, 0)
+    decode = FITTED.one_step_us(10, 900, 900, 10)
+    assert both == pytest.approx(prefill + decode - 450.0)
+
+
+def test_steps_of_both_phases_and_of_one_can_be_asked_together_with_single_numbers() -> None:
+    columns = FITTED.step_us(np.array([1, 5, 300]), 900, 900, np.array([1, 5, 4]))
+    assert columns.tolist() == [
+        FITTED.one_step_us(count, 900, 900, decodes)
+        for count, decodes in ((1, 1), (5, 5), (300, 4))
+    ]
+
+
+def test_what_a_request_adds_is_the_same_however_its_prompt_is_cut() -> None:
+    parts = FITTED.prefill_us(np.array([0, 10, 70]), np.array([10, 70, 500]))
+    assert float(parts.sum()) == pytest.approx(float(FITTED.prefill_us(0, 500)))
+    assert float(FITTED.decode_us(1000)) == pytest.approx(20.0 * 24 / 32 + 200.0)
+
+
+def test_costs_with_equal_fits_are_equal_and_hash_alike() -> None:
+    other = dataclasses.replace(COST, fit=read_fit(fit_text(FIT)))
+    assert other == FITTED
+    assert len({other, FITTED, COST}) == 2
+
+
+def test_a_curve_goes_on_beyond_its_last_knot() -> None:
+    assert FIT.prefill.one(64) == 928.0
+    assert FIT.prefill.one(128) == 928.0 + 64 * 12.5
+    assert Curve(3.0, (0.0,), (2.0,)).mean_slope == 2.0
+
+
+@pytest.mark.parametrize(
+    ("begin_us", "knots", "slopes"),
+    [
+        (1.0, (), ()),
+        (1.0, (1.0,), (1.0,)),
+        (1.0, (0.0, 2.0, 2.0), (1.0, 1.0, 1.0)),
+        (1.0, (0.0,), (1.0, 2.0)),
+        (-1.0, (0.0,), (1.0,)),
+        (1.0, (0.0,), (-1.0,)),
+        (1.0, (0.0,), (float("nan"),)),
+    ],
+)
+def test_a_curve_that_falls_or_has_no_pieces_is_refused(
+    begin_us: float, knots: tuple[float, ...], slopes: tuple[float, ...]
+) -> None:
+    with pytest.raises(ValueError, match="a curve"):
+        Curve(begin_us, knots, slopes)
+
+
+@pytest.mark.parametrize("text", ["", "3", "{}", '{"prefill": {"knots": 3, "slopes": []}}', "[1]"])
+def test_a_text_that_is_no_fit_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        read_fit(text)
+
+
+def test_an_engine_is_told_a_cost_in_texts_and_understands_the_same() -> None:
+    for cost in (COST, FITTED):
+        spec = InstanceSpec(
+            id="s", engine="sim", model="", kv_blocks=8, block_tokens=4, options=cost.to_options()
+        )
+        assert read_options(spec).cost == cost
+
+
+def test_the_simulator_refuses_a_fit_that_is_none_in_one_line() -> None:
+    spec = InstanceSpec(
+        id="s", engine="sim", model="", kv_blocks=8, block_tokens=4, options={"fit": "soon"}
+    )
+    with pytest.raises(EngineError, match=r"^instance 's': fit: .*a cluster.device with a profile"):
+        read_options(spec)

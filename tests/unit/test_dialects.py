@@ -16,6 +16,7 @@ from xdsl.ir import Dialect, Operation
 from xdsl.printer import Printer
 
 from sagec.dialects import cluster, kv, pd
+from sagec.dialects import exec as ex
 from sagec.dialects.columns import ColumnAttr, Frozen, ListsAttr, NamesAttr, WordsAttr
 from sagec.dialects.rows import READABLE_ROWS
 from sagec.source import SourceParser, parse_module, verify_module
@@ -24,7 +25,7 @@ from tests.strategies import any_modules, serving_modules
 
 PAGES = Path(__file__).parent.parent / "filecheck"
 OPS_PAGES = [*sorted(PAGES.glob("dialects/*/*ops.mlir")), PAGES / "dialects/pd/columns.mlir"]
-DIALECTS = (cluster.Cluster, kv.KV, pd.PD)
+DIALECTS = (cluster.Cluster, ex.Exec, kv.KV, pd.PD)
 CONTEXT = sagec_context()
 LAX = settings(max_examples=40, suppress_health_check=list(HealthCheck), deadline=None)
 
@@ -227,7 +228,7 @@ def test_scalars_have_the_defaults_of_their_declaration() -> None:
     assert cluster.LinkOp.between("a", "b", latency_us=2).scalar("latency_us") == 2.0
 
 
-EXAMPLE = re.compile(r"`((?:%\w+ = )?(?:pd|kv|cluster)\.\w+ [^`]+)`")
+EXAMPLE = re.compile(r"`((?:%\w+(?:, %\w+)* = )?(?:pd|kv|cluster|exec)\.\w+ [^`]+)`")
 OPERATIONS = [op for dialect in DIALECTS for op in dialect.operations]
 
 

@@ -38,6 +38,8 @@ CHUNKS = [
     '#pd.names<"a">', '#pd.words<"a" : 0>', "#pd.lists<[1]>", "prompt 1", "chunk", "on", "none",
     "pd.yield", "pd.graph @g {", "}", "{num_steps = 1}", 'loc("a":1:2)', "attributes", "estimates",
     'chunks {0: "a" [0, 1)}', '"\\FF"', '"\\q"', "true", "dense<1>", "vector<2xi32>", "like",
+    "!exec.tensor<[4, 8], bf16, @g0>", "[]", "over [@g0, @g1]", "offsets #pd.column<0>", "to @g1",
+    "exec.yield", "exec.wait", 'stream = "copy"', "channel = 1", "rows #pd.column<9>",
 ]  # fmt: skip
 
 
@@ -94,6 +96,9 @@ LAX = settings(suppress_health_check=list(HealthCheck), deadline=None)
 @example('%k = pd.prefill %k on @"" : !pd.kv<3>')
 @example("pd.graph @g {x = 1, " + "// " * 3000 + "\n")
 @example("pd.leave [" + "// " * 3000)
+@example('"exec.all_gather"() <{ranks = []}> : () -> ()')
+@example('"exec.projection"() : () -> !exec.tensor<[], bf16, @g0>')
+@example("%x = exec.recv {channel = 0} from @g1")
 def test_a_broken_text_is_a_module_or_one_line(text: str) -> None:
     check(text)
 

@@ -18,7 +18,10 @@ from xdsl.parser import Parser
 from sagec.dialects import pd
 from sagec.passes import flow, solver
 from sagec.passes.errors import PassError
-from sagec.passes.placement import (
+from sagec.passes.select_device import SelectDevicePass
+from sagec.passes.topology import topology_of
+from sagec.runtime.cost import StepCost
+from sagec.runtime.direct.placement import (
     MINOR,
     Assignment,
     Floats,
@@ -33,9 +36,6 @@ from sagec.passes.placement import (
     pairs_of,
     sites_of,
 )
-from sagec.passes.select_device import SelectDevicePass
-from sagec.passes.topology import topology_of
-from sagec.runtime.cost import StepCost
 from sagec.universe import sagec_context
 
 INF = np.inf

@@ -23,11 +23,20 @@ from sagec.lowering.execution_plan import plans_of
 from sagec.passes import flow
 from sagec.passes.chunk_prefill import bounds_of
 from sagec.passes.errors import PassError
-from sagec.passes.packing import Finished, Order, Packed, Packer, decodes_only, line, pack, packed
 from sagec.passes.topology import Instance, topology_of
-from sagec.passes.work import Work
 from sagec.planner import CompilingPlanner
 from sagec.runtime import strategies
+from sagec.runtime.direct.packing import (
+    Finished,
+    Order,
+    Packed,
+    Packer,
+    decodes_only,
+    line,
+    pack,
+    packed,
+)
+from sagec.runtime.direct.work import Work
 from sagec.universe import DIALECTS
 from tests.serving_graphs import Round, rounds
 

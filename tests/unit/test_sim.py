@@ -1,11 +1,17 @@
 """The simulated engine: its times are the cost model's, whoever asks and how often."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagec.compiler import Compiler
+from sagec.passes.topology import topology_of
 from sagec.runtime.clock import VirtualClock
 from sagec.runtime.engines import (
     EngineError,
@@ -16,6 +22,9 @@ from sagec.runtime.engines import (
     StepReport,
 )
 from sagec.runtime.engines.sim import SimEngine, create
+from sagec.runtime.engines.sim.cluster import SimCluster
+from sagec.runtime.engines.sim.network import Key, Network, NetworkError, Route
+from sagec.runtime.engines.sim.outages import Outage, OutageError
 from sagec.runtime.kv import block_hashes, policies
 from sagec.runtime.loop import Finished
 from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, Moves, Rows
@@ -23,7 +32,9 @@ from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create as strategy
 from tests.direct_planner import DirectPlanner, table
 from tests.echo_cluster import ONE, SPLIT, WIDE, Served, requests
-from tests.sim_cluster import COST, sim_executor, sim_spec, simulate
+from tests.sim_cluster import COST, cluster_run, sim_executor, sim_spec, simulate
+
+ROOT = Path(__file__).parent.parent.parent
 
 CLUSTERS = {"one": ONE, "split": SPLIT, "wide": WIDE}
 
@@ -73,7 +84,7 @@ def test_steps_of_an_instance_follow_one_another_and_stay_in_their_budget(cluste
             assert before.end_us <= after.begin_us
         assert all(report.begin_us < report.end_us for report in reports)
         assert all(report.kv_blocks_used <= 30 for report in reports)
-        tokens = [sum(e - b for _, b, e in r.chunks) + len(r.decodes) for r in reports]
+        tokens = [sum(e - b for _, b, e in r.chunks) / r.steps + len(r.decodes) for r in reports]
         assert max(tokens) <= 64
 
 
@@ -227,3 +238,271 @@ def test_a_small_cache_gives_way_to_requests():
 def test_a_wrong_option_is_named(options, said):
     with pytest.raises(EngineError, match=said.replace("(", r"\(")):
         create(sim_spec("x0", **options))
+
+
+def test_the_chunks_of_a_lone_prompt_are_one_report_and_end_when_they_would_alone():
+    asked = [Request(id="a", prompt=range(500), max_output_tokens=3)]
+    served = simulate(SPLIT, asked, DirectPlanner(chunk_tokens=50))
+    prompts = [report for report in steps_of(served) if report.chunks]
+    assert [report.steps for report in prompts] == [9, 1]
+    assert [report.chunks for report in prompts] == [(("a", 0, 450),), (("a", 450, 500),)]
+    chunks = [(begin, begin + 50) for begin in range(0, 500, 50)]
+    pairs = [(e * (e + 1) - b * (b + 1)) / 2 for b, e in chunks]
+    assert prompts[1].end_us == sum(round(COST.one_step_us(50, p, 0, 0)) for p in pairs)
+
+
+def test_a_prompt_that_is_cancelled_amid_its_chunks_is_computed_to_the_end_of_the_step_at_work():
+    clock = VirtualClock()
+    engine = SimEngine(sim_spec("x0"), clock)
+    request = Request(id="a", prompt=range(400), max_output_tokens=2)
+    chunks = [(i, 0, 50 * i, 50 * i + 50, int(i == 7)) for i in range(8)]
+    plan = ExecutionPlan(
+        plan_id="p",
+        round=0,
+        target_instance_id="x0",
+        mode="hybrid",
+        num_steps=8,
+        max_step_tokens=64,
+        request_ids=("a",),
+        rows=table(Rows, [(400, 0, 26, 0)]),
+        chunks=table(Chunks, chunks),
+    )
+    engine.submit(plan, [request])
+    assert engine.poll() == []
+    first_us = round(COST.one_step_us(50, 50 * 51 / 2, 0, 0))
+    clock.advance_to(first_us + 1)
+    engine.cancel("a")
+    assert [event.chunks for event in engine.poll()] == [(("a", 0, 50),)]
+    clock.advance_to(engine.next_us())
+    step, gone, done = engine.poll()
+    assert step.chunks == (("a", 50, 100),)
+    assert (gone.request_id, done.plan_id) == ("a", "p")
+    assert engine.kv_blocks_used() == 0
+
+
+# Links that are shared
+
+
+def shared(**links: float) -> dict[tuple[str, str], Route]:
+    """Routes from p0 and p1 to d0 and d1 over an own link of each source and one of each target."""
+    pairs = itertools.product(("p0", "p1"), ("d0", "d1"))
+    return {(p, d): Route(tuple(n for n in (p, d) if n in links), 7.0) for p, d in pairs}
+
+
+def begun(network: Network, *transfers: tuple[str, str, int, float]) -> list[Key]:
+    """Transfers from p to d at a time, of so many bytes."""
+    keys = [(p, f"{p}-{d}-{i}", us) for i, (p, d, us, _) in enumerate(transfers)]
+    for key, (_, target, _, num_bytes) in zip(keys, transfers, strict=True):
+        network.begin(key, target, num_bytes, bytes_per_s=1e12, latency_us=0.0)
+    return keys
+
+
+def test_two_hand_overs_over_one_link_take_twice_as_long_each():
+    network = Network({"d0": 1e9}, shared(d0=1e9))
+    keys = begun(network, ("p0", "d0", 0, 1e6), ("p1", "d0", 0, 1e6))
+    network.settle(10**6)
+    assert [network.arrival_us(key) for key in keys] == [2007, 2007]
+    assert network.busy_us() == {"d0": 2000.0}
+    assert network.moved_bytes() == {"d0": 2e6}
+
+
+def test_who_comes_later_slows_the_first_from_then_on_and_goes_alone_at_the_end():
+    network = Network({"d0": 1e9}, shared(d0=1e9))
+    first, second = begun(network, ("p0", "d0", 0, 1e6), ("p1", "d0", 500, 1e6))
+    assert network.arrival_us(first) == 500 + 2 * 500 + 7
+    assert network.next_us() == 1500
+    network.settle(1500)
+    assert network.arrival_us(second) == 1500 + 500 + 7
+    network.settle(2000)
+    assert network.next_us() is None
+
+
+def test_a_hand_over_held_back_elsewhere_leaves_its_part_to_the_others():
+    links = {"p0": 1e8, "p1": 1e9, "d0": 1e9}
+    network = Network(links, shared(**links))
+    slow, fast = begun(network, ("p0", "d0", 0, 1e6), ("p1", "d0", 0, 9e5))
+    network.settle(10**6)
+    assert [network.arrival_us(key) for key in (slow, fast)] == [10_007, 1007]
+
+
+def test_hand_overs_over_links_apart_do_not_see_each_other():
+    links = {"p0": 1e9, "p1": 1e9, "d0": 1e9, "d1": 1e9}
+    network = Network(links, shared(**links))
+    keys = begun(network, ("p0", "d0", 0, 1e6), ("p1", "d1", 0, 1e6))
+    assert [network.arrival_us(key) for key in keys] == [1007, 1007]
+
+
+def test_what_was_lost_never_arrives_and_leaves_its_part():
+    network = Network({"d0": 1e9}, shared(d0=1e9))
+    lost, kept = begun(network, ("p0", "d0", 0, 1e6), ("p1", "d0", 0, 1e6))
+    network.lose("p0", 1000, "p0 failed")
+    assert network.arrival_us(lost) is None
+    assert network.why_lost(lost) == "p0 failed"
+    assert network.arrival_us(kept) == 1000 + 500 + 7
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    moves=st.lists(
+        st.tuples(
+            st.sampled_from(["p0", "p1"]),
+            st.sampled_from(["d0", "d1"]),
+            st.integers(0, 2000),
+            st.integers(0, 10**6),
+        ),
+        max_size=12,
+    ),
+    asked_at=st.lists(st.integers(0, 5000), max_size=8),
+)
+def test_no_link_carries_more_than_it_can_and_asking_changes_nothing(moves, asked_at):
+    links = {"p0": 1e9, "p1": 5e8, "d0": 7e8, "d1": 1e9}
+    moves = sorted(moves, key=lambda move: move[2])
+    busy, quiet = Network(links, shared(**links)), Network(links, shared(**links))
+    keys = begun(quiet, *moves)
+    for i, move in enumerate(moves):
+        for us in sorted(us for us in asked_at if (i and moves[i - 1][2]) <= us < move[2]):
+            busy.settle(us)
+            assert busy.next_us() is None or busy.next_us() > us
+        p, d, us, num_bytes = move
+        busy.begin((p, f"{p}-{d}-{i}", us), d, num_bytes, 1e12, 0.0)
+    for network in (busy, quiet):
+        network.settle(10**8)
+        assert network.next_us() is None
+    assert [busy.arrival_us(k) for k in keys] == [quiet.arrival_us(k) for k in keys]
+    for name, moved in quiet.moved_bytes().items():
+        assert moved <= links[name] * quiet.busy_us()[name] / 1e6 + 1e-3
+    alone_us = [us + 1e6 * n / min(links[p], links[d]) for p, d, us, n in moves]
+    assert all(quiet.arrival_us(k) >= us for k, us in zip(keys, alone_us, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("links", "routes", "said"),
+    [
+        ({"a": 0.0}, {}, "link 'a': 0.0 bytes a second; more than 0"),
+        ({"a": 1.0}, {("p", "d"): Route(("b",))}, "from 'p' to 'd': no link 'b'; there are: a"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(links, routes, said):
+    with pytest.raises(NetworkError, match=said):
+        Network(links, routes)
+
+
+CONTENDED = """
+model m { layers 4 hidden 256 heads 8 kv_heads 2 head_dim 32 ffn 688 vocab 1024 }
+cluster c {
+  devices g0..g3 kind h100
+  switch s
+  links g0..g3 to s bandwidth 50GB/s latency 3us
+  instances p0..p1 role prefill on g0..g1 engine sim model m
+  instances d0..d1 role decode on g2..g3 engine sim model m
+}
+serve on c mode strict { request "any" tokens 1 generate 1 }
+"""
+
+
+def test_a_network_is_read_off_a_cluster():
+    topology = topology_of(Compiler().parse(CONTENDED, "c.sage").module)
+    network = Network.of(topology)
+    assert set(network.routes) == {(p, d) for p in ("p0", "p1") for d in ("d0", "d1")}
+    route = network.routes["p1", "d0"]
+    assert route == Route(("g1 to s, link 1", "s to g2, link 2"), 6.0)
+    assert {network.links[name] for name in route.links} == {5e10}
+    begun(network, ("p0", "d0", 0, 1e6), ("p1", "d0", 0, 1e6))
+    network.settle(10**6)
+    assert network.busy_us()["s to g2, link 2"] == 40.0
+
+
+def test_two_instances_that_hand_over_at_once_slow_each_other():
+    asked = [Request(id=f"r{i}", prompt=range(32), max_output_tokens=5) for i in range(2)]
+    routes = shared(d0=1e9, d1=1e9)
+    moved = []
+    for network in (Network({"d0": 1e9, "d1": 1e9}, routes), Network()):
+        served = cluster_run(WIDE, asked, network, link_bytes_per_s="1e9", link_latency_us="7")
+        moves = [event for event in served.events if isinstance(event, KVImported)]
+        assert len({move.begin_us for move in moves}) == 1
+        moved.append([move.end_us - move.begin_us for move in moves])
+    num_us = 32 * COST.kv_bytes_per_token / 1e3
+    one_target = len({move.instance for move in moves}) == 1
+    assert moved == [[num_us * (1 + one_target) + 7] * 2, [num_us + 7] * 2]
+
+
+# Instances that fail
+
+
+def test_an_instance_that_fails_and_comes_back_loses_its_kv_and_nothing_that_was_accepted():
+    asked = requests(20)
+    calm = cluster_run(ONE, asked)
+    outage = Outage(instance="x0", fail_at_us=20_000, back_at_us=60_000)
+    served = cluster_run(ONE, asked, outages=[outage])
+    assert [failed.error for failed in served.failures] == [
+        "it failed at 20000 us, as its schedule says"
+    ]
+    assert {reason for reason, _, _ in ends_of(served).values()} == {FinishReason.LENGTH}
+    assert {tokens for _, tokens, _ in ends_of(served).values()} == {20}
+    reports = [end.report for end in served.ends.values()]
+    assert any(report.attempts == 1 for report in reports)
+    away = [step for step in steps_of(served) if 20_000 < step.end_us <= 60_000]
+    assert not away
+    assert max(r.end_us for r in reports) > max(e.report.end_us for e in calm.ends.values())
+
+
+def test_kv_on_its_way_from_an_instance_that_fails_is_lost_and_computed_again():
+    asked = [Request(id="a", prompt=range(32), max_output_tokens=5)]
+    options = {"link_bytes_per_s": "1e8"}
+    calm = cluster_run(WIDE, asked, **options)
+    move = next(event for event in calm.events if isinstance(event, KVImported))
+    middle_us = (move.begin_us + move.end_us) // 2
+    for name in (move.source, move.instance):
+        outage = Outage(instance=name, fail_at_us=middle_us, back_at_us=None)
+        served = cluster_run(WIDE, asked, outages=[outage], **options)
+        report = served.ends["a"].report
+        assert (report.output_tokens, report.attempts) == (5, 1)
+        assert name not in report.instances[-2:]
+
+
+def test_an_instance_that_never_comes_back_leaves_the_others_to_serve():
+    asked = requests(20)
+    outages = [Outage(instance=name, fail_at_us=9_000) for name in ("p1", "d0")]
+    served = cluster_run(WIDE, asked, outages=outages)
+    assert {reason for reason, _, _ in ends_of(served).values()} == {FinishReason.LENGTH}
+    late = [step for step in steps_of(served) if step.begin_us >= 9_000]
+    assert {step.instance for step in late} == {"p0", "d1"}
+
+
+@pytest.mark.parametrize(
+    ("outages", "said"),
+    [
+        ([Outage(instance="x9", fail_at_us=1)], "no instance 'x9' to fail; there are: x0"),
+        ([Outage(instance="x0", fail_at_us=-1)], "times are 0 or more"),
+        (
+            [Outage(instance="x0", fail_at_us=5, back_at_us=5)],
+            "fails at 5 us, until 5 us: it must be back later than it fails",
+        ),
+        (
+            [Outage(instance="x0", fail_at_us=5), Outage(instance="x0", fail_at_us=9)],
+            "fails at 9 us, for good: it is away then already",
+        ),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(outages, said):
+    with pytest.raises(OutageError, match=said):
+        SimCluster([sim_spec("x0")], VirtualClock(), outages=outages)
+
+
+# The same again
+
+
+def test_a_recording_of_a_simulated_run_is_the_same_to_the_byte_in_any_process(tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {RECORD}"
+    files = []
+    for seed in ("0", "1", "4321"):
+        files.append(tmp_path / f"{seed}.rec")
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", program, str(files[-1])]
+        subprocess.run(command, check=True, env=environment, timeout=120)
+    recordings = [file.read_bytes() for file in files]
+    assert len(recordings[0]) > 10_000
+    assert recordings[1:] == recordings[:1] * 2
+
+
+RECORD = "from tests.sim_cluster import record; record(sys.argv[1])"

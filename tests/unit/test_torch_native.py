@@ -15,7 +15,7 @@ from sagec.runtime.engines.torch import native  # noqa: E402
 from sagec.runtime.engines.torch.batch import Span, build_batch  # noqa: E402
 from sagec.runtime.engines.torch.checkpoint import LayerWeights  # noqa: E402
 from sagec.runtime.engines.torch.config import ModelConfig, Rope  # noqa: E402
-from sagec.runtime.engines.torch.kernels import TorchKernels  # noqa: E402
+from sagec.runtime.engines.torch.kernels import TorchKernels, attention  # noqa: E402
 from sagec.runtime.engines.torch.linear import Linear  # noqa: E402
 from sagec.runtime.engines.torch.rope import rope_table  # noqa: E402
 from sagec.runtime.kv.pool import BlockPool  # noqa: E402
@@ -96,7 +96,7 @@ def test_attention_in_c_is_that_of_torch(dtype, shape, spans, block_tokens: int,
         qkv[order] = random(*qkv.shape, dtype=dtype, seed=1)
         kv = before.clone()
         kernels.begin_step(batch)
-        out = kernels.attention(qkv, kv, batch, layer)
+        out = attention(kernels, qkv, kv, batch, layer)
         results.append((out[order].float(), kv.float()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=CLOSE[dtype], atol=CLOSE[dtype])

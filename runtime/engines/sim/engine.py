@@ -19,10 +19,12 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
+from sagec.runtime.engines.sim.network import Key, Network
 from sagec.runtime.engines.sim.options import read_options
+from sagec.runtime.engines.sim.outages import Outage
 from sagec.runtime.engines.sim.residents import Residents
 from sagec.runtime.engines.sim.row import Row
-from sagec.runtime.engines.sim.running import RunningPlan, Stretch
+from sagec.runtime.engines.sim.running import Chunk, RunningPlan, Stretch
 from sagec.runtime.kv.policies import PolicyError
 from sagec.runtime.plan import SWAP, ExecutionPlan, PlanError
 from sagec.runtime.request import FinishReason, Request
@@ -36,9 +38,27 @@ class SimEngine:
     What it is told takes effect at the end of the step at work, as on a real engine.
     """
 
-    def __init__(self, spec: InstanceSpec, clock: Clock) -> None:
-        """Raises EngineError where an option is wrong."""
-        self._id, self._clock = spec.id, clock
+    says_when = True
+    """Before `next_us` it has nothing to say unless it is told something, or `shared` names it."""
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        clock: Clock,
+        network: Network | None = None,
+        outages: Sequence[Outage] = (),
+        up_from_us: int = 0,
+    ) -> None:
+        """network: what it shares with the other instances; without, a line of its own to each.
+
+        outages: when it fails, of which those before `up_from_us`, when it comes up, are over.
+        Raises EngineError where an option is wrong.
+        """
+        self._id, self._clock, self.shared = spec.id, clock, network
+        self._shared_changes = 0
+        self._up_from_us = up_from_us
+        fails_us = [o.fail_at_us for o in outages if o.instance == spec.id]
+        self._fails_at_us = min((us for us in fails_us if us >= up_from_us), default=None)
         self._options = read_options(spec)
         eviction = self._options.eviction if self._options.cache else ""
         try:
@@ -78,17 +98,43 @@ class SimEngine:
         if not isinstance(self._clock, VirtualClock):
             self._wait(timeout_s)
         now_us = self._clock.now_us()
-        if not self._inbox and (self._is_idle or self._is_amid_step(now_us)):
-            return []
-        self._turn(now_us)
-        stored, evicted = self._residents.take_changes()
-        if stored or evicted:
-            self._events.append(KVCached(instance=self._id, stored=stored, evicted=evicted))
+        if self._fails_at_us is not None and now_us >= self._fails_at_us:
+            return self._last_words(self._fails_at_us)
+        if self.shared is not None:
+            self._follow(self.shared, now_us)
+        if self._inbox or not (self._is_idle or self._is_amid_step(now_us)):
+            self._turn(now_us)
+            stored, evicted = self._residents.take_changes()
+            if stored or evicted:
+                self._events.append(KVCached(instance=self._id, stored=stored, evicted=evicted))
         events, self._events = self._events, []
         return events
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it takes plans: one that failed does again from a time on."""
+        return self._clock.now_us() >= self._up_from_us
+
     def next_us(self) -> int | None:
         """When something happens next, so that a virtual clock can jump there; None: nothing."""
+        if not self.is_up:
+            return self._up_from_us
+        shared_us = None
+        if self.shared is not None and self._received:
+            shared_us = self.shared.next_us()
+        known = (self._own_next_us(), self._fails_at_us, shared_us)
+        return min((us for us in known if us is not None), default=None)
+
+    @property
+    def owed_since_us(self) -> int | None:
+        """When the first step ends that it has not told of; None: it computes nothing."""
+        return None if self._stretch is None else self._stretch.step_ends_us
+
+    def step_end_us(self, now_us: int) -> int | None:
+        """When the step at work ends, now or later; None: it could begin one at once."""
+        return None if self._stretch is None else self._stretch.end_of_step_at(now_us)
+
+    def _own_next_us(self) -> int | None:
         if self._stretch is not None:
             return self._stretch.ends_us[-1]
         if self._inbox:
@@ -123,6 +169,35 @@ class SimEngine:
 
     # Turns
 
+    def _last_words(self, failed_us: int) -> list[Event]:
+        """What ended before it failed; raises EngineError once that is told."""
+        if self._stretch is not None and (over := self._stretch.over_by(failed_us)):
+            self._tell(self._stretch, over)
+        self._stretch = None
+        if not self._events:
+            error = f"it failed at {failed_us} us, as its schedule says"
+            if self.shared is not None:
+                self.shared.lose(self._id, failed_us, f"instance {self._id!r}: {error}")
+            raise EngineError(error)
+        events, self._events = self._events, []
+        return events
+
+    def _follow(self, network: Network, now_us: int) -> None:
+        """Transfers may come at other times than was thought when the stretch began, or never."""
+        network.settle(now_us)
+        if network.changes == self._shared_changes:
+            return
+        self._shared_changes = network.changes
+        self._give_up_lost()
+        if self._running is not None and self._stretch is not None:
+            self._end_with_arrivals(self._stretch, self._running, now_us)
+
+    def _end_with_arrivals(self, stretch: Stretch, running: RunningPlan, now_us: int) -> None:
+        """KV that comes joins at the next step. KV that has come already and found no room waits
+        until rows leave, with the stretch."""
+        if arrivals := [us for us in self._coming(running) if us > now_us]:
+            stretch.end_with_the_step_at(min(arrivals))
+
     def _turn(self, now_us: int) -> None:
         """Tell of steps that ended, hear what came in and begin what is next."""
         if (stretch := self._stretch) is not None:
@@ -140,9 +215,7 @@ class SimEngine:
         begin_us = max(self._free_at_us, now_us)
         self._stretch = running.next_stretch(self._residents, self._options.cost, begin_us)
         if self._stretch is not None:
-            # KV that has come already and found no room waits until rows leave, with the stretch.
-            if arrivals := [us for us in self._coming(running) if us > begin_us]:
-                self._stretch.end_with_the_step_at(min(arrivals))
+            self._end_with_arrivals(self._stretch, running, begin_us)
         elif running.step >= running.plan.num_steps or not self._awaits(running):
             self._finish_plan()
 
@@ -154,20 +227,12 @@ class SimEngine:
     def _tell(self, stretch: Stretch, steps: int) -> None:
         """Report so many more steps of the stretch, and what came of them."""
         assert self._running is not None
-        begin_us = stretch.told_until_us
+        running, begin_us = self._running, stretch.told_until_us
+        computed = stretch.chunks_of(steps)
         stretch.done += steps
-        end_us = stretch.ends_us[stretch.done - 1]
-        self._free_at_us = end_us
-        running = self._running
         running.step = stretch.first + stretch.done
-        chunks = tuple((row.request.id, begin, end) for row, begin, end in stretch.chunks)
-        advanced = [self._advance(row, steps) for row in stretch.decodes]
-        for row, _, end in stretch.chunks:
-            row.computed = end
-            self._residents.store(row)
-            if end == row.num_tokens:
-                advanced.append((row.request.id, row.num_output, 1))
-                row.num_tokens += 1
+        self._free_at_us = end_us = stretch.ends_us[stretch.done - 1]
+        advanced = self._advance(stretch.decodes, computed, steps)
         finished = self._finished(stretch, running)
         self._events.append(
             StepReport(
@@ -176,8 +241,8 @@ class SimEngine:
                 step=running.step - 1,
                 begin_us=begin_us,
                 end_us=end_us,
-                chunks=chunks,
-                decodes=tuple(row.request.id for row in stretch.decodes),
+                chunks=tuple([(row.request.id, begin, end) for row, begin, end in computed]),
+                decodes=tuple([row.request.id for row in stretch.decodes]),
                 finished=tuple(finished),
                 kv_blocks_used=self._residents.used_blocks,
                 steps=steps,
@@ -190,24 +255,31 @@ class SimEngine:
             self._leave(request_id)
         self._export_ready(running, end_us)
 
-    def _advance(self, row: Row, steps: int) -> tuple[str, int, int]:
-        index = row.num_output
-        row.computed += steps
-        row.num_tokens += steps
-        return row.request.id, index, steps
+    def _advance(
+        self, decodes: Sequence[Row], computed: Sequence[Chunk], steps: int
+    ) -> list[tuple[str, int, int]]:
+        """Have the rows be so many steps further; what was sampled, as a report says it."""
+        advanced = [(row.request.id, row.num_output, steps) for row in decodes]
+        for row in decodes:
+            row.computed += steps
+            row.num_tokens += steps
+        for row, _, end in computed:
+            row.computed = end
+            self._residents.store(row)
+            if end == row.num_tokens:
+                advanced.append((row.request.id, row.num_output, 1))
+                row.num_tokens += 1
+        return advanced
 
     def _finished(self, stretch: Stretch, running: RunningPlan) -> list[tuple[str, FinishReason]]:
         """Rows that have all their tokens, or no room for more and nowhere to go."""
-        rows = stretch.decodes + [row for row, _, _ in stretch.chunks]
+        rows = stretch.decodes + [row for row, _, _ in stretch.chunks if row.num_output]
         room = self._residents.room_tokens
         return [
             (row.request.id, FinishReason.LENGTH)
             for row in rows
-            if row.num_output
-            and (
-                row.num_tokens >= row.limit
-                or (row.num_tokens >= room and row.request.id not in running.exports)
-            )
+            if row.num_tokens >= row.limit
+            or (row.num_tokens >= room and row.request.id not in running.exports)
         ]
 
     # What it was told
@@ -224,6 +296,17 @@ class SimEngine:
             else:
                 self._begin(*message)
         self._inbox.clear()
+        self._give_up_lost()
+
+    def _give_up_lost(self) -> None:
+        """Report requests whose KV will never come, for an instance has failed meanwhile."""
+        if self.shared is None:
+            return
+        for request_id, handle in list(self._received.items()):
+            if why := self.shared.why_lost(_key(handle)):
+                del self._received[request_id]
+                self.shared.forget(_key(handle))
+                self._fail(request_id, f"its KV was lost: {why}")
 
     def _begin(self, plan: ExecutionPlan, requests: Sequence[Request]) -> None:
         """Let `plan` take over from the one at work."""
@@ -245,8 +328,9 @@ class SimEngine:
                 self._residents.drop(request_id)
         self._residents.evict(plan.evictions.block_hash.tolist())
         self._residents.keep_only(running.kv_blocks)
-        for request_id in plan.request_ids:
-            places = (self._residents.rows, self._received, self._gone, running.imports)
+        known = self._residents.rows
+        for request_id in [name for name in plan.request_ids if name not in known]:
+            places = (self._received, self._gone, running.imports)
             if not any(request_id in place for place in places):
                 self._fail(request_id, f"plan {plan.plan_id} names it, but it never came here")
         self._export_ready(running, self._clock.now_us())
@@ -298,9 +382,17 @@ class SimEngine:
                 begin_us=now_us,
             )
             self._leave(request_id)
+            if self.shared is not None:
+                options = self._options
+                line = options.link_bytes_per_s, options.link_latency_us
+                self.shared.begin(_key(handle), handle.target, handle.num_bytes, *line)
             self._events.append(KVExported(handle=handle, end_us=self._arrival_us(handle)))
 
     def _arrival_us(self, handle: KVHandle) -> int:
+        if self.shared is not None:
+            arrival_us = self.shared.arrival_us(_key(handle))
+            if arrival_us is not None:
+                return arrival_us
         options = self._options
         us = options.link_latency_us + 1e6 * handle.num_bytes / options.link_bytes_per_s
         return handle.begin_us + round(us)
@@ -318,6 +410,8 @@ class SimEngine:
                 break
             row.computed = tokens
             del self._received[request_id]
+            if self.shared is not None:
+                self.shared.forget(_key(handle))
             self._gone.pop(request_id, None)
             self._events.append(
                 KVImported(
@@ -339,3 +433,8 @@ class SimEngine:
         if (handle := self._received.get(request_id)) is not None:
             return self._arrival_us(handle) > self._clock.now_us()
         return request_id not in self._residents.rows and request_id not in self._gone
+
+
+def _key(handle: KVHandle) -> Key:
+    """The transfer that brings the KV."""
+    return handle.source, handle.request.id, handle.begin_us

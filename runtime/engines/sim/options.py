@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from sagec.runtime.cost import StepCost
+from sagec.runtime.cost import NUMBERS, Fit, StepCost, read_fit
 from sagec.runtime.engines import EngineError, InstanceSpec
-
-_COST = tuple(field.name for field in dataclasses.fields(StepCost))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,9 @@ class Options:
 
 def read_options(spec: InstanceSpec) -> Options:
     """The options of `spec`, all given as text. Raises EngineError for one that is wrong."""
-    costs = dict.fromkeys(_COST, 0.0) | {"flops_per_s": 1e12, "bytes_per_s": 1e11}
+    costs = dict.fromkeys(NUMBERS, 0.0) | {"flops_per_s": 1e12, "bytes_per_s": 1e11}
     costs["overhead_us"] = 100.0
-    known = [*_COST, "link_bytes_per_s", "link_latency_us", "prefix_cache", "eviction"]
+    known = [*NUMBERS, "fit", "link_bytes_per_s", "link_latency_us", "prefix_cache", "eviction"]
     others: dict[str, float] = {}
     for name, text in spec.options.items():
         if name not in known:
@@ -45,11 +43,22 @@ def read_options(spec: InstanceSpec) -> Options:
     if cache not in ("on", "off"):
         raise EngineError(f"instance {spec.id!r}: prefix_cache={cache!r}: on or off")
     return Options(
-        cost=StepCost(**costs),
+        cost=StepCost(**costs, fit=_fit(spec)),
         cache=cache == "on",
         eviction=spec.options.get("eviction", "lru"),
         **others,
     )
+
+
+def _fit(spec: InstanceSpec) -> Fit | None:
+    if (text := spec.options.get("fit")) is None:
+        return None
+    try:
+        return read_fit(text)
+    except ValueError as error:
+        raise EngineError(
+            f"instance {spec.id!r}: fit: {error}; a cluster.device with a profile makes one"
+        ) from None
 
 
 def _number(spec: InstanceSpec, name: str, text: str) -> float:

@@ -57,7 +57,7 @@ class Residents:
         limit = self.room_tokens
         if request.max_output_tokens is not None:
             limit = prompt + request.max_output_tokens
-        row = self.rows[request.id] = Row(request, prompt + output_tokens, limit)
+        row = self.rows[request.id] = Row(request, prompt, prompt + output_tokens, limit)
         return row
 
     def drop(self, request_id: str) -> None:
@@ -120,8 +120,9 @@ class Residents:
     def keep_only(self, reserved: dict[str, int]) -> None:
         """Take back blocks that hold no KV and that the new plan does not reserve."""
         for request_id, row in self.rows.items():
-            filled = 0 if row.swapped else self.blocks_for(row.computed)
-            self._hold(row, max(filled, min(row.blocks, reserved.get(request_id, 0))))
+            if row.blocks > reserved.get(request_id, 0):
+                filled = 0 if row.swapped else self.blocks_for(row.computed)
+                self._hold(row, max(filled, reserved.get(request_id, 0)))
 
     def evict(self, hashes: Iterable[int]) -> None:
         """Drop cached blocks, unless they are in use."""

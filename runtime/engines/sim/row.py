@@ -9,12 +9,14 @@ from sagec.runtime.request import Request
 
 @dataclass(slots=True)
 class Row:
-    """num_tokens: prompt and output. computed: of them, how many have KV here, or on the host while
-    `swapped`. limit: tokens at which it ends. blocks: those that it holds, of which the first,
-    `leased`, are in the prefix cache. hashes: of its prompt's blocks, once somebody asked.
+    """prompt_tokens, num_tokens: prompt, with the output. computed: of them, how many have KV here,
+    or on the host while `swapped`. limit: tokens at which it ends. blocks: those that it holds, of
+    which the first, `leased`, are in the prefix cache. hashes: of its prompt's blocks, once somebody
+    asked.
     """
 
     request: Request
+    prompt_tokens: int
     num_tokens: int
     limit: int
     computed: int = 0
@@ -26,9 +28,9 @@ class Row:
     @property
     def num_output(self) -> int:
         """Tokens that were generated here, or where it came from."""
-        return self.num_tokens - len(self.request.prompt)
+        return self.num_tokens - self.prompt_tokens
 
     @property
     def decodes(self) -> bool:
         """Whether only the token sampled last has no KV."""
-        return self.computed == self.num_tokens - 1 and self.num_output > 0
+        return self.prompt_tokens <= self.computed == self.num_tokens - 1

@@ -1,7 +1,7 @@
 """A plan under way in the simulator: what comes next, as many like steps at a time as there are."""
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,7 +18,8 @@ Chunk = tuple[Row, int, int]
 class Stretch:
     """Steps [first, first + len(ends_us)) of a plan that compute the same rows, one after another.
 
-    With chunks it is one step. done: how many of them have been told of.
+    With chunks it is one step, unless a lone prompt is computed chunk by chunk: `reached` are then
+    its tokens after each of the steps. done: how many of the steps have been told of.
     """
 
     first: int
@@ -26,6 +27,7 @@ class Stretch:
     decodes: list[Row]
     begin_us: int
     ends_us: list[int]
+    reached: list[int] = field(default_factory=list)
     done: int = 0
 
     @property
@@ -42,6 +44,18 @@ class Stretch:
     def step_ends_us(self) -> int:
         """When the next step ends of which was not told yet; some are left."""
         return self.ends_us[self.done]
+
+    def end_of_step_at(self, now_us: int) -> int | None:
+        """When the step ends that is at work at this time; None: all have ended before it."""
+        at = bisect.bisect_left(self.ends_us, now_us)
+        return self.ends_us[at] if at < len(self.ends_us) else None
+
+    def chunks_of(self, steps: int) -> list[Chunk]:
+        """What so many more steps compute of prompts."""
+        if not self.reached:
+            return self.chunks
+        row = self.chunks[0][0]
+        return [(row, row.computed, self.reached[self.done + steps - 1])]
 
     def over_by(self, now_us: int) -> int:
         """How many more of the steps have ended since those that were told of."""
@@ -62,7 +76,6 @@ class RunningPlan:
         self.step = 0
         ids = plan.request_ids
         self.kv_blocks = dict(zip(ids, plan.rows.kv_blocks.tolist(), strict=True))
-        self.prompts = dict(zip(ids, plan.rows.prompt_tokens.tolist(), strict=True))
         pairs = zip(plan.exports.row.tolist(), plan.exports.peer.tolist(), strict=True)
         self.exports = {ids[row]: plan.peers[peer] for row, peer in pairs}
         self.imports = dict.fromkeys(ids[row] for row in plan.imports.row.tolist())
@@ -94,8 +107,31 @@ class RunningPlan:
             if not chunks or self.plan.mixes_phases:
                 decodes, most = self._decodes_of(step, tokens, 1 if chunks else most, residents)
             if chunks or decodes:
-                return _stretch(step, chunks, decodes, 1 if chunks else most, cost, now_us)
+                stretch = _stretch(step, chunks, decodes, 1 if chunks else most, cost, now_us)
+                if len(chunks) == 1 and not self._decodes:
+                    self._prolong(stretch, residents, cost)
+                return stretch
         return None
+
+    def _prolong(self, stretch: Stretch, residents: Residents, cost: StepCost) -> None:
+        """Let a lone prompt's chunk be followed by the next ones, up to the one that samples.
+
+        Nothing else happens then, for nobody decodes here.
+        """
+        row, _, end = stretch.chunks[0]
+        reserved = self.kv_blocks[row.request.id]
+        reached, ends_us = [end], stretch.ends_us
+        for step in range(stretch.first + 1, self.plan.num_steps):
+            chunks = self._chunks.get(step, ())
+            if len(chunks) != 1 or chunks[0][0] != row.request.id:
+                break
+            begin, end = end, chunks[0][1]
+            if not begin < end < row.num_tokens or not residents.make_room(row, end, reserved):
+                break
+            ends_us.append(ends_us[-1] + _chunk_us(cost, begin, end))
+            reached.append(end)
+        if len(reached) > 1:
+            stretch.reached = reached
 
     def _until_change(self, step: int) -> int:
         """Steps from this one on until chunks or rows of the batch change, as the plan says."""
@@ -123,21 +159,31 @@ class RunningPlan:
     ) -> tuple[list[Row], int]:
         """Rows that decode from this step on, and for how many steps all of them do."""
         budget = self.plan.max_step_tokens - tokens
+        known, block_tokens = residents.rows, residents.block_tokens
         found: list[Row] = []
         steps = most
         for request_id, begin, until in self._decodes:
             if len(found) >= budget:
                 break
-            row = residents.rows.get(request_id)
-            if row is None or begin > step or not row.decodes or row.computed >= until:
+            if begin > step or (row := known.get(request_id)) is None or not row.decodes:
                 continue
-            left = min(most, until - row.computed, row.limit - row.num_tokens)
-            if residents.make_room(row, row.computed + left, self.kv_blocks[request_id]):
-                steps = min(steps, left)
-            elif residents.make_room(row, row.computed + 1, self.kv_blocks[request_id]):
-                steps = 1
-            else:
+            computed = row.computed
+            if computed >= until:
                 continue
+            # Of plain comparisons, for this is where a simulation spends its time.
+            end = computed + most
+            if end > until:
+                end = until
+            if end >= row.limit:
+                end = row.limit - 1
+            if row.blocks * block_tokens < end:  # it has no room yet for all of these steps
+                reserved = self.kv_blocks[request_id]
+                if not residents.make_room(row, end, reserved):
+                    end = computed + 1
+                    if not residents.make_room(row, end, reserved):
+                        continue
+            if end - computed < steps:
+                steps = end - computed
             found.append(row)
         return found, steps
 
@@ -148,12 +194,17 @@ def _stretch(
     tokens = sum(end - begin for _, begin, end in chunks) + len(decodes)
     context = sum(row.num_tokens for row in decodes)
     pairs = sum((end * (end + 1) - begin * (begin + 1)) / 2 for _, begin, end in chunks)
-    held = sum(end for _, _, end in chunks)
     if steps == 1:
-        us = cost.one_step_us(tokens, pairs + context, held + context)
+        us = cost.one_step_us(tokens, pairs + context, context, len(decodes))
         ends = [now_us + max(1, round(us))]
     else:
         contexts = context + len(decodes) * np.arange(steps)
-        us_each = np.maximum(cost.step_us(tokens, contexts, contexts).round(), 1)
+        us_each = np.maximum(cost.step_us(tokens, contexts, contexts, tokens).round(), 1)
         ends = (now_us + us_each.cumsum()).astype(np.int64).tolist()
     return Stretch(step, chunks, decodes, now_us, ends)
+
+
+def _chunk_us(cost: StepCost, begin: int, end: int) -> int:
+    """What a step takes that computes these tokens of a prompt, and nothing else."""
+    pairs = (end * (end + 1) - begin * (begin + 1)) / 2
+    return max(1, round(cost.one_step_us(end - begin, pairs, 0, 0)))

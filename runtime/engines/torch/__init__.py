@@ -1,10 +1,12 @@
 """The reference engine: Llama, Qwen2 and Qwen3 checkpoints on torch, one KV tensor a layer.
 
-What each file holds, in the order data passes: config (config.json), checkpoint (safetensors to
-weights), rope, batch (what one step computes, flattened), model (the forward pass) over linear
-(matrix products) and kernels (the rest, in torch) or native (in C, kernels.c, where a compiler is
-found), sampling, row (a request here), residents (the rows and their blocks, which are those of
-runtime/kv), transfer (KV out and in), loading, engine (plans to steps to events).
+What each file holds, in the order data passes: config (config.json), share (what a rank holds of a
+model), checkpoint (safetensors to weights), rope, batch (what one step computes, flattened), model
+(the forward pass) over linear (matrix products) and kernels (the rest, in torch) or native (in C,
+kernels.c, where a compiler is found), sampling, row (a request here), residents (the rows and their
+blocks, which are those of runtime/kv), rank (this process's part of steps and KV) over ranks
+(collectives) and rank_processes (the other ranks, each running rank_child), transfer (KV out and
+in), loading, engine (plans to steps to events).
 """
 
 from sagec.runtime.engines import Engine, EngineError, InstanceSpec
@@ -19,7 +21,9 @@ def create(spec: InstanceSpec) -> Engine:
     ("lru", or another policy of runtime/kv/policies), host_blocks and disk_blocks ("0": for cached
     blocks that the device has no room for), spool ("": folder of the disk's file), migration
     ("always", "where-it-pays": which blocks move there), quotas ("": the most KV blocks that the
-    requests of some tenants may hold, as in "acme=40,other=20").
+    requests of some tenants may hold, as in "acme=40,other=20"), program ("off", or the file of
+    generated code that computes the steps), tp ("1": ranks that share out the model, each a process
+    on the CPU; more need a program).
 
     Raises EngineError where torch is missing, an option is unknown or the checkpoint is malformed.
     """

@@ -7,15 +7,42 @@ first, for they attend token by token; then the chunks, which attend a span at a
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sagec.runtime.kv.pool import BlockPool
-
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+
+class Tables(Protocol):
+    """The block tables of requests by slot, as a pool keeps them and a `Cut` carries them."""
+
+    @property
+    def tables(self) -> Int32: ...  # [slots, blocks]
+    @property
+    def block_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Some rows of a pool's tables, as far as a step reads them."""
+
+    tables: Int32
+    block_tokens: int
+
+
+def cut(spans: Sequence["Span"], pool: Tables) -> tuple[list["Span"], Cut]:
+    """The spans with slots from 0 on, and the tables' rows of these slots: all that another process
+    needs to build the same batch."""
+    blocks = max(_blocks_for(span.end, pool) for span in spans)
+    tables = np.ascontiguousarray(pool.tables[[span.slot for span in spans], :blocks])
+    renumbered = [
+        Span(slot, span.begin, list(span.tokens), span.samples) for slot, span in enumerate(spans)
+    ]
+    return renumbered, Cut(tables, pool.block_tokens)
 
 
 @dataclass(slots=True)
@@ -70,7 +97,7 @@ class Batch:
 
 
 def build_batch(
-    spans: Sequence[Span], pool: BlockPool, device: torch.device, short_tokens: int, padded: bool
+    spans: Sequence[Span], pool: Tables, device: torch.device, short_tokens: int, padded: bool
 ) -> Batch:
     """Flatten `spans`, whose blocks the pool holds already.
 
@@ -111,17 +138,21 @@ def build_batch(
     )
 
 
-def _chunk(span: Span, last: int, pool: BlockPool, device: torch.device) -> Chunk:
+def _blocks_for(tokens: int, pool: Tables) -> int:
+    return -(-tokens // pool.block_tokens)
+
+
+def _chunk(span: Span, last: int, pool: Tables, device: torch.device) -> Chunk:
     count = len(span.tokens)
     mask = None
     if span.begin:
         mask = torch.ones(count, span.end, dtype=torch.bool, device=device).tril(span.begin)
-    blocks = pool.blocks(span.slot, pool.blocks_for(span.end)).astype(np.int64)
+    blocks = pool.tables[span.slot, : _blocks_for(span.end, pool)].astype(np.int64)
     return Chunk(last - count, last, span.end, torch.from_numpy(blocks).to(device), mask)
 
 
 def _buckets(
-    owners: Int32, positions: Int64, pool: BlockPool, device: torch.device
+    owners: Int32, positions: Int64, pool: Tables, device: torch.device
 ) -> tuple[Bucket, ...]:
     """Group tokens by the power of two that their blocks fill, so that padding at most doubles."""
     counts = positions // pool.block_tokens + 1

@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from sagec.runtime.engines import EngineError
 from sagec.runtime.engines.torch.config import ModelConfig, read_json
 from sagec.runtime.engines.torch.linear import Linear
+from sagec.runtime.engines.torch.share import Share
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
 SAMPLED_ELEMENTS = 64
 """Of each tensor, for a model's identity: enough to tell two trainings apart, quick to read."""
 
@@ -37,7 +39,9 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model, on its device; identity names them: equal models, equal text."""
+    """A rank's weights of a model, on its device; identity names the whole: equal models, equal
+    text. Shapes are those of a rank that has all.
+    """
 
     embedding: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
@@ -47,9 +51,15 @@ class Weights:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    share: Share,
 ) -> Weights:
-    """The weights in `folder`, as `dtype` on `device`.
+    """A rank's share of the weights in `folder`, as `dtype` on `device`; config: of the whole.
+
+    Files are mapped into memory: what is of another rank's share is checked, but hardly read.
 
     Raises EngineError where a file is missing or cut short, or where a tensor is missing, unknown,
     of the wrong shape or no plain float.
@@ -66,16 +76,18 @@ def load_weights(
     identity = _identity(config, found)
 
     def take(*names: str) -> torch.Tensor:
-        parts = [found.pop(name) for name in names]
+        parts = [share.tensor(name, found.pop(name)) for name in names]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return whole.to(device=device, dtype=dtype).contiguous()
 
     embedding = take("model.embed_tokens.weight")
     return Weights(
         embedding=embedding,
-        layers=tuple(_layer(config, f"model.layers.{i}", take) for i in range(config.layers)),
+        layers=tuple(
+            _layer(config, f"model.layers.{i}", take, share.adds_bias) for i in range(config.layers)
+        ),
         norm=take("model.norm.weight"),
-        lm_head=Linear(embedding if config.tied else take("lm_head.weight"), None),
+        lm_head=Linear(share.tensor(LM_HEAD, embedding) if config.tied else take(LM_HEAD), None),
         identity=identity,
     )
 
@@ -87,7 +99,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
         "model.norm.weight": (config.hidden,),
     }
     if not config.tied:
-        shapes["lm_head.weight"] = (config.vocab, config.hidden)
+        shapes[LM_HEAD] = (config.vocab, config.hidden)
     for number in range(config.layers):
         for name, shape in _layer_shapes(config).items():
             shapes[f"model.layers.{number}.{name}"] = shape
@@ -119,7 +131,11 @@ def _layer_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _layer(config: ModelConfig, prefix: str, take: Callable[..., torch.Tensor]) -> LayerWeights:
+def _layer(
+    config: ModelConfig, prefix: str, take: Callable[..., torch.Tensor], sums_bias: bool
+) -> LayerWeights:
+    """sums_bias: whether this rank adds the biases of output and down."""
+
     def norm(name: str) -> torch.Tensor:
         return take(f"{prefix}.{name}.weight")
 
@@ -132,10 +148,10 @@ def _layer(config: ModelConfig, prefix: str, take: Callable[..., torch.Tensor]) 
         qkv=linear(config.qkv_bias, *(f"self_attn.{name}_proj" for name in "qkv")),
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        output=linear(config.output_bias, "self_attn.o_proj"),
+        output=linear(config.output_bias and sums_bias, "self_attn.o_proj"),
         ffn_norm=norm("post_attention_layernorm"),
         gate_up=linear(config.ffn_bias, "mlp.gate_proj", "mlp.up_proj"),
-        down=linear(config.ffn_bias, "mlp.down_proj"),
+        down=linear(config.ffn_bias and sums_bias, "mlp.down_proj"),
     )
 
 
@@ -183,7 +199,7 @@ def _read_shard(
 
 def _refuse_unknown(path: Path, name: str, tied: bool) -> None:
     """Raise, unless the tensor is one that some exporters write though no model needs it."""
-    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+    if name.endswith("rotary_emb.inv_freq") or (tied and name == LM_HEAD):
         return
     raise EngineError(
         f"{path}: unknown tensor {name!r}; config.json does not describe a model that has it"

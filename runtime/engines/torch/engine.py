@@ -20,7 +20,7 @@ from sagec.runtime.engines import (
     Preempted,
     StepReport,
 )
-from sagec.runtime.engines.torch.batch import Span, build_batch
+from sagec.runtime.engines.torch.batch import Span
 from sagec.runtime.engines.torch.loading import load_residents, read_options
 from sagec.runtime.engines.torch.residents import Residents
 from sagec.runtime.engines.torch.row import Row
@@ -49,11 +49,11 @@ class TorchEngine:
     def __init__(self, spec: InstanceSpec) -> None:
         options = read_options(spec)
         self._id = spec.id
-        self._residents, self._capability = load_residents(spec, options)
         try:
             self._channel: Channel = open_channel(options.channel, spec.id)
         except ChannelError as error:
             raise EngineError(f"instance {spec.id!r}: option channel: {error}") from None
+        self._residents, self._capability = load_residents(spec, options)
         self._clock = WallClock()
         self._running: PlanCursor[Row] | None = None
         self._inbox: list[Message] = []
@@ -92,6 +92,7 @@ class TorchEngine:
         """Compute the next step, if there is one, and tell what happened; never waits."""
         if not self._dead:
             try:
+                self._residents.rank.check()
                 self._begin_boundary()
                 self._run_step()
             except (RuntimeError, MemoryError) as error:  # what torch raises, out of memory too
@@ -121,7 +122,7 @@ class TorchEngine:
         self._channel.close()
         if self._residents.cache is not None:
             self._residents.cache.close()
-        self._residents.model.kv.clear()
+        self._residents.rank.close()
         self._dead, self._running = True, None
 
     def check_integrity(self) -> None:
@@ -289,7 +290,7 @@ class TorchEngine:
             return False
         row.computed, row.started = handle.computed_tokens, True
         try:
-            receive_kv(self._channel, residents.model.kv, residents.filled(row), handle)
+            receive_kv(self._channel, residents.rank, residents.filled(row), handle)
         except ChannelError:
             row.computed = 0  # what is in the blocks is nobody's KV, and not to be cached
             residents.drop(row)
@@ -322,7 +323,7 @@ class TorchEngine:
             return  # swapped out, and no room to come back now
         try:
             place, num_bytes = send_kv(
-                self._channel, residents.model.kv, residents.filled(row), row.computed, layout
+                self._channel, residents.rank, residents.filled(row), row.computed, layout
             )
         except ChannelError as error:
             self._fail(row.id, str(error))
@@ -417,13 +418,8 @@ class TorchEngine:
     def _sample(self, picks: list[Pick[Row]]) -> list[tuple[Row, int]]:
         """Compute the picked tokens; each row that samples, with its new token."""
         spans = [Span(p.row.slot, p.begin, p.row.tokens[p.begin : p.end], p.samples) for p in picks]
-        model = self._residents.model
-        kernels, device = model.kernels, model.weights.norm.device
-        batch = build_batch(
-            spans, self._residents.pool, device, kernels.short_tokens, kernels.padded
-        )
-        logits = model.forward(batch)
-        rows = [picks[span].row for span in batch.samplers]
+        logits, samplers = self._residents.rank.compute(spans, self._residents.pool)
+        rows = [picks[span].row for span in samplers]
         if not rows:
             return []
         samplings = [row.request.sampling for row in rows]

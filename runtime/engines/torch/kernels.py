@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from sagec.runtime.engines.torch.batch import Batch, Bucket, Chunk
+from sagec.runtime.engines.torch.batch import Batch, Bucket
 from sagec.runtime.engines.torch.checkpoint import LayerWeights
 from sagec.runtime.engines.torch.config import ModelConfig
 
@@ -29,9 +29,30 @@ class Kernels(Protocol):
         self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor: ...
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor: ...
-    def attention(
+    def store_kv(
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
-    ) -> torch.Tensor: ...
+    ) -> None: ...
+    def attend_tokens(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
+    ) -> None: ...
+    def attend_chunks(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
+    ) -> None: ...
+    def empty_attended(self, qkv: torch.Tensor) -> torch.Tensor: ...
+
+
+def attention(
+    kernels: Kernels, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
+) -> torch.Tensor:
+    """Attention of one layer: [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim].
+
+    The KV of the batch's tokens is in `kv` afterwards; `qkv` is changed.
+    """
+    kernels.store_kv(qkv, kv, batch, weights)
+    out = kernels.empty_attended(qkv)
+    kernels.attend_tokens(qkv, kv, batch, out)
+    kernels.attend_chunks(qkv, kv, batch, out)
+    return out
 
 
 class TorchKernels:
@@ -63,13 +84,11 @@ class TorchKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attention(
+    def store_kv(
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
-    ) -> torch.Tensor:
-        """Attention of one layer: [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim].
-
-        The KV of the batch's tokens is in `kv` afterwards.
-        """
+    ) -> None:
+        """Turn queries and keys of `qkv` [T, (heads + 2 * kv_heads) * head_dim] in place, and put
+        the KV of the batch's tokens into `kv`."""
         config = self._config
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         states = qkv.view(-1, heads + 2 * kv_heads, head_dim)
@@ -77,33 +96,47 @@ class TorchKernels:
         if weights.q_norm is not None and weights.k_norm is not None:
             queries = F.rms_norm(queries, (head_dim,), weights.q_norm, config.norm_eps)
             keys = F.rms_norm(keys, (head_dim,), weights.k_norm, config.norm_eps)
-        queries = self._turn(queries)
+        states[:, :heads] = self._turn(queries)
         states[:, heads : heads + kv_heads] = self._turn(keys)
         kv.view(-1, 2, kv_heads, head_dim).index_copy_(
             0, batch.kv_slots, states[:, heads:].reshape(-1, 2, kv_heads, head_dim)
         )
-        out = torch.empty_like(queries)
+
+    def empty_attended(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Room for what attention gives of `qkv`: [T, heads * head_dim]."""
+        return qkv.new_empty(len(qkv), self._config.heads * self._config.head_dim)
+
+    def attend_tokens(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
+    ) -> None:
+        """Attention of the batch's short spans, into their rows of `out`."""
+        queries, attended = self._queries(qkv), self._by_head(out)
         for bucket in batch.buckets:
-            out[bucket.tokens] = self._attend_bucket(queries[bucket.tokens], kv, bucket)
-        self.attend_chunks(queries, kv, batch.chunks, out)
-        return out.flatten(1)
+            attended[bucket.tokens] = self._attend_bucket(queries[bucket.tokens], kv, bucket)
 
     def attend_chunks(
-        self,
-        queries: torch.Tensor,
-        kv: torch.Tensor,
-        chunks: tuple[Chunk, ...],
-        out: torch.Tensor,
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
     ) -> None:
-        """Attend a chunk at a time: queries and out are [T, heads, head_dim]."""
-        for chunk in chunks:
+        """Attention of the batch's chunks, one after the other, into their rows of `out`."""
+        if not batch.chunks:
+            return
+        queries, rows = self._queries(qkv), self._by_head(out)
+        for chunk in batch.chunks:
             states = kv.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context]
             keys, values = self._for_groups(states.permute(1, 2, 0, 3))
             asked = self._in_groups(queries[chunk.first : chunk.last]).permute(1, 2, 0, 3)
             attended = F.scaled_dot_product_attention(
                 asked, keys, values, chunk.mask, is_causal=chunk.mask is None, scale=self._scale
             )
-            out[chunk.first : chunk.last] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+            rows[chunk.first : chunk.last] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _queries(self, qkv: torch.Tensor) -> torch.Tensor:
+        """The queries [T, heads, head_dim] in `qkv`."""
+        return self._by_head(qkv)[:, : self._config.heads]
+
+    def _by_head(self, states: torch.Tensor) -> torch.Tensor:
+        """[T, n * head_dim] -> [T, n, head_dim]."""
+        return states.view(len(states), -1, self._config.head_dim)
 
     def _attend_bucket(
         self, queries: torch.Tensor, kv: torch.Tensor, bucket: Bucket

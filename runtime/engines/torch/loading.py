@@ -1,6 +1,5 @@
 """From an InstanceSpec to a model with its KV: options, dtype, device."""
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -14,8 +13,12 @@ from sagec.runtime.engines.torch.device_blocks import TorchBlocks
 from sagec.runtime.engines.torch.kernels import Kernels, TorchKernels
 from sagec.runtime.engines.torch.model import Model
 from sagec.runtime.engines.torch.native import NativeKernels
+from sagec.runtime.engines.torch.program import Program, load_program
+from sagec.runtime.engines.torch.rank import Rank
+from sagec.runtime.engines.torch.rank_processes import RankProcesses
 from sagec.runtime.engines.torch.residents import Residents
 from sagec.runtime.engines.torch.rope import rope_table
+from sagec.runtime.engines.torch.share import Share
 from sagec.runtime.engines.torch.transfer import kv_layout
 from sagec.runtime.kv.demotion import Always, Demotion, WhereItPays
 from sagec.runtime.kv.policies import PolicyError, create
@@ -32,7 +35,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     torch. eviction: a policy's name. host_blocks, disk_blocks: cached blocks that the device has no
     room for; the latter lie in a file in the folder `spool` ("": the system's for such files).
     migration: "always", or "where-it-pays" by what is learned of reuse and measured of copies.
-    quotas: tenant=blocks, separated by commas.
+    quotas: tenant=blocks, separated by commas. tp: ranks that share out the model, each a process
+    with so many threads. program: a file with generated code that computes the steps; "off": the
+    layers of model.py do.
     """
 
     dtype: str = "auto"
@@ -47,6 +52,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     spool: str = ""
     migration: str = "always"
     quotas: str = ""
+    tp: int = 1
+    program: str = "off"
 
 
 _WORDS = {
@@ -72,8 +79,16 @@ def read_options(spec: InstanceSpec) -> Options:
         raise EngineError(
             f"{place}: dtype {options.dtype!r}; it can be {', '.join(('auto', *DTYPES))}"
         )
-    if options.threads < 1:
-        raise EngineError(f"{place}: threads {options.threads}; 1 at least")
+    for name in ("threads", "tp"):
+        if (value := getattr(options, name)) < 1:
+            raise EngineError(f"{place}: {name} {value}; 1 at least")
+    if options.tp > 1 and options.device != "cpu":
+        raise EngineError(f"{place}: tp {options.tp} on {options.device!r}; ranks compute on cpu")
+    if options.tp > 1 and options.program == "off":
+        raise EngineError(
+            f"{place}: tp {options.tp} without a program; the code that exchanges what ranks "
+            "compute is generated: name its file as option program"
+        )
     for name, words in _WORDS.items():
         if (word := getattr(options, name)) not in words:
             raise EngineError(f"{place}: {name} {word!r}; it can be {', '.join(words)}")
@@ -87,40 +102,86 @@ def read_options(spec: InstanceSpec) -> Options:
 
 
 def load_residents(spec: InstanceSpec, options: Options) -> tuple[Residents, Capability]:
-    """The model of `spec` with empty KV, and what it can do. Raises EngineError."""
+    """The model of `spec` with empty KV, on as many ranks as it says, and what it can do.
+
+    Raises EngineError.
+    """
     folder = Path(spec.model)
     config = read_config(folder)
+    rank = _load_ranks(spec, options, config)
+    model = rank.model
+    context = _context_tokens(spec, config)
+    capability = Capability(
+        kv_blocks=spec.kv_blocks,
+        block_tokens=spec.block_tokens,
+        kv_layout=kv_layout(config, model.kv[0].dtype, spec.block_tokens, model.weights.identity),
+        kv_bytes_per_token=rank.block_bytes // spec.block_tokens,
+        max_context_tokens=context,
+        eos_tokens=config.eos_tokens,
+        caches_prefixes=options.prefix_cache == "on",
+    )
+    try:
+        pool = BlockPool(spec.kv_blocks, spec.block_tokens, _quotas(spec, options))
+        cache = _prefix_cache(spec, options, pool, rank) if capability.caches_prefixes else None
+    except EngineError:
+        rank.close()
+        raise
+    return Residents(rank, pool, context, folder, cache), capability
+
+
+def load_model(spec: InstanceSpec, options: Options, share: Share) -> Model:
+    """A rank's share of the model of `spec`, with empty KV. Raises EngineError."""
+    whole = read_config(Path(spec.model))
+    config = share.config(whole)
     device = _device(spec, options)
+    program = _program(spec, options, config)
     torch.set_num_threads(options.threads)
     dtype: torch.dtype = getattr(torch, config.dtype if options.dtype == "auto" else options.dtype)
-    context = min(config.max_context_tokens, spec.kv_blocks * spec.block_tokens)
-    weights = load_weights(folder, config, dtype, device)
+    weights = load_weights(Path(spec.model), whole, dtype, device, share)
+    context = _context_tokens(spec, config)
     rope = rope_table(config.rope, config.head_dim, context, dtype).to(device)
     kernels = _kernels(spec, options, config, rope)
     try:
-        model = Model(config, weights, kernels, spec.kv_blocks, spec.block_tokens)
+        return Model(config, weights, kernels, spec.kv_blocks, spec.block_tokens, program)
     except (RuntimeError, MemoryError) as error:
         raise EngineError(
             f"instance {spec.id!r}: no memory for {spec.kv_blocks} KV blocks "
             f"({' '.join(str(error).split())}); ask for fewer"
         ) from None
-    capability = Capability(
-        kv_blocks=spec.kv_blocks,
-        block_tokens=spec.block_tokens,
-        kv_layout=kv_layout(config, dtype, spec.block_tokens, weights.identity),
-        kv_bytes_per_token=sum(math.prod(kv.shape[2:]) * kv.element_size() for kv in model.kv),
-        max_context_tokens=context,
-        eos_tokens=config.eos_tokens,
-        caches_prefixes=options.prefix_cache == "on",
-    )
-    pool = BlockPool(spec.kv_blocks, spec.block_tokens, _quotas(spec, options))
-    cache = _prefix_cache(spec, options, pool, model) if capability.caches_prefixes else None
-    return Residents(model, pool, context, folder, cache), capability
 
 
-def _prefix_cache(
-    spec: InstanceSpec, options: Options, pool: BlockPool, model: Model
-) -> PrefixCache:
+def _program(spec: InstanceSpec, options: Options, config: ModelConfig) -> Program | None:
+    """The generated code for a rank that has this part of a model. Raises EngineError."""
+    if options.program == "off":
+        return None
+    try:
+        return load_program(Path(options.program), config, options.tp)
+    except EngineError as error:
+        raise EngineError(f"instance {spec.id!r}: {error}") from None
+
+
+def _load_ranks(spec: InstanceSpec, options: Options, config: ModelConfig) -> Rank:
+    """Rank 0 with its share loaded, and connected to the others, which load side by side."""
+    share = Share(0, options.tp)
+    if options.tp == 1:
+        return Rank(load_model(spec, options, share))
+    if faults := share.faults(config):
+        raise EngineError(f"instance {spec.id!r}: {faults[0]}")
+    others = RankProcesses(spec, options.tp, options.threads)
+    try:
+        model = load_model(spec, options, share)
+        model.ranks = others.meet()
+    except BaseException:
+        others.close()
+        raise
+    return Rank(model, others)
+
+
+def _context_tokens(spec: InstanceSpec, config: ModelConfig) -> int:
+    return min(config.max_context_tokens, spec.kv_blocks * spec.block_tokens)
+
+
+def _prefix_cache(spec: InstanceSpec, options: Options, pool: BlockPool, rank: Rank) -> PrefixCache:
     sizes = (spec.kv_blocks, options.host_blocks, options.disk_blocks)
     try:
         policy, *slower = (create(options.eviction, max(size, 1)) for size in sizes)
@@ -131,7 +192,7 @@ def _prefix_cache(
         return PrefixCache(pool, index)
     spool = Path(options.spool) if options.spool else None
     try:
-        tiers = Tiers(TorchBlocks(model.kv), options.host_blocks, options.disk_blocks, spool)
+        tiers = Tiers(TorchBlocks(rank), options.host_blocks, options.disk_blocks, spool)
     except (OSError, MemoryError) as error:
         raise EngineError(
             f"instance {spec.id!r}: no place for {options.host_blocks} host_blocks and "

@@ -6,14 +6,19 @@ import torch.nn.functional as F
 from sagec.runtime.engines.torch.batch import Batch
 from sagec.runtime.engines.torch.checkpoint import Weights
 from sagec.runtime.engines.torch.config import ModelConfig
-from sagec.runtime.engines.torch.kernels import Kernels
+from sagec.runtime.engines.torch.kernels import Kernels, attention
+from sagec.runtime.engines.torch.program import Program
+from sagec.runtime.engines.torch.ranks import Ranks
 
 
 class Model:
     """Weights and KV of one model; a step in, logits of the sampled tokens out.
 
     kv: a tensor a layer, [blocks, block_tokens, 2, kv_heads, head_dim]. Each is an allocation of
-    its own: writing through views of one large tensor is many times slower.
+    its own: writing through views of one large tensor is many times slower. ranks: how this rank
+    reaches the others, which its program does; None where the model is in one piece. Config,
+    weights and KV are of a rank.
+    program: generated code that computes the steps; None: the layers that are written here do.
     """
 
     def __init__(
@@ -23,10 +28,13 @@ class Model:
         kernels: Kernels,
         num_blocks: int,
         block_tokens: int,
+        program: Program | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.kernels = kernels
+        self.ranks: Ranks | None = None
+        self.program = program
         shape = (num_blocks, block_tokens, 2, config.kv_heads, config.head_dim)
         embedding = weights.embedding
         self.kv = [
@@ -38,12 +46,15 @@ class Model:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [S, vocab] of the tokens that `batch.sampled` names; KV is written on the way."""
         kernels, weights = self.kernels, self.weights
+        if self.program is not None:
+            compute = self.program.function(batch)
+            return compute(weights, kernels, self.kv, batch, self.ranks)
         kernels.begin_step(batch)
         hidden = F.embedding(batch.tokens, weights.embedding)
         added = None
         for layer, kv in zip(weights.layers, self.kv, strict=True):
             qkv = layer.qkv(kernels.add_norm(hidden, added, layer.norm))
-            attended = layer.output(kernels.attention(qkv, kv, batch, layer))
+            attended = layer.output(attention(kernels, qkv, kv, batch, layer))
             gate_up = layer.gate_up(kernels.add_norm(hidden, attended, layer.ffn_norm))
             added = layer.down(kernels.silu_multiply(gate_up))
         if added is not None:

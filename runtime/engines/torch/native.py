@@ -61,7 +61,7 @@ class NativeKernels:
         self._plain = plain
         self._rope = rope
         self._eps = config.norm_eps
-        self._heads, self._head_dim = config.heads, config.head_dim
+        self._width = config.heads * config.head_dim
         self._shape = _Shape(
             config.heads,
             config.kv_heads,
@@ -103,27 +103,31 @@ class NativeKernels:
         self._library.silu_multiply(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
 
-    def attention(
+    def store_kv(
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
-    ) -> torch.Tensor:
-        """Attention of one layer: [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim].
-
-        The KV of the batch's tokens is in `kv` afterwards.
-        """
-        tokens = len(qkv)
-        states, cache = qkv.data_ptr(), kv.data_ptr()
+    ) -> None:
+        """Turn queries and keys of `qkv` [T, (heads + 2 * kv_heads) * head_dim] in place, and put
+        the KV of the batch's tokens into `kv`."""
         self._library.store_kv(
             self._shape_pointer,
-            tokens,
+            len(qkv),
             self._positions,
             self._kv_slots,
             self._rope.data_ptr(),
             None if weights.q_norm is None else weights.q_norm.data_ptr(),
             None if weights.k_norm is None else weights.k_norm.data_ptr(),
-            states,
-            cache,
+            qkv.data_ptr(),
+            kv.data_ptr(),
         )
-        out = qkv.new_empty(tokens, self._heads * self._head_dim)
+
+    def empty_attended(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Room for what attention gives of `qkv`: [T, heads * head_dim]."""
+        return qkv.new_empty(len(qkv), self._width)
+
+    def attend_tokens(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
+    ) -> None:
+        """Attention of the batch's short spans, into their rows of `out`."""
         self._library.attend(
             self._shape_pointer,
             batch.num_short,
@@ -131,16 +135,17 @@ class NativeKernels:
             self._slots,
             self._tables,
             batch.tables.shape[1],
-            states,
-            cache,
+            qkv.data_ptr(),
+            kv.data_ptr(),
             out.data_ptr(),
             self._scratch.data_ptr(),
         )
-        if batch.chunks:
-            queries = qkv.view(tokens, -1, self._head_dim)[:, : self._heads]
-            heads_out = out.view(tokens, self._heads, self._head_dim)
-            self._plain.attend_chunks(queries, kv, batch.chunks, heads_out)
-        return out
+
+    def attend_chunks(
+        self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
+    ) -> None:
+        """Attention of the batch's chunks, one after the other, into their rows of `out`."""
+        self._plain.attend_chunks(qkv, kv, batch, out)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from sagec.runtime.engines.torch.model import Model
+from sagec.runtime.engines.torch.rank import Rank
 from sagec.runtime.engines.torch.row import Row
 from sagec.runtime.engines.torch.sampling import draw_key
 from sagec.runtime.kv.pool import BlockPool, PoolStatistics, QuotaExceeded
@@ -38,7 +39,7 @@ class Residents:
     cache: None where nothing outlives its request. missed_tokens: as in the statistics.
     """
 
-    model: Model
+    rank: Rank
     pool: BlockPool
     max_context_tokens: int
     folder: Path
@@ -56,9 +57,16 @@ class Residents:
             max_tokens=config.max_context_tokens,
         )
 
+    @property
+    def model(self) -> Model:
+        """The model, or rank 0's share of it."""
+        return self.rank.model
+
     def statistics(self) -> CacheStatistics:
         """Figures of this moment, and of what happened since the instance started."""
-        filled = {row.slot: 0 if row.host_kv else row.computed for row in self.rows.values()}
+        filled = {
+            row.slot: row.computed if row.host_kv is None else 0 for row in self.rows.values()
+        }
         cache = self.cache
         return CacheStatistics(
             pool=self.pool.statistics(filled),
@@ -142,9 +150,7 @@ class Residents:
         if not self.grow(row, self.pool.blocks_for(max(tokens, row.computed))):
             return False
         if row.host_kv is not None:
-            blocks = self.filled(row)
-            for kv, saved in zip(self.model.kv, row.host_kv, strict=True):
-                kv.index_copy_(0, blocks, saved.to(kv.device))
+            self.rank.write_kv(self.filled(row), row.host_kv)
             row.host_kv = None
         return True
 
@@ -152,8 +158,7 @@ class Residents:
         """Copy the row's KV to host memory and let go of its blocks."""
         host_kv = row.host_kv
         if host_kv is None and row.computed:
-            blocks = self.filled(row)
-            host_kv = [kv.index_select(0, blocks).cpu() for kv in self.model.kv]
+            host_kv = self.rank.read_kv(self.filled(row))
             row.started = True
         self._let_go(row)
         row.host_kv = host_kv
@@ -167,7 +172,7 @@ class Residents:
         """The blocks that the row's KV fills, [n]."""
         count = self.pool.blocks_for(row.computed)
         blocks = torch.from_numpy(self.pool.blocks(row.slot, count).astype("int64"))
-        return blocks.to(self.model.kv[0].device)
+        return blocks.to(self.rank.device)
 
     def _let_go(self, row: Row) -> None:
         """Cache what can be cached of the row's KV; its blocks are no longer its own."""

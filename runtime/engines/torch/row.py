@@ -12,15 +12,15 @@ from sagec.runtime.row import RequestRow
 class Row(RequestRow):
     """One resident request.
 
-    Its KV is in the blocks of pool slot `slot` or, while swapped out, in `host_kv`, a tensor a
-    layer. prefix: its blocks in the prefix cache. started: whether it has computed tokens, or told
-    of those found; before, it may lose what it found.
+    Its KV is in the blocks of pool slot `slot` or, while swapped out, in `host_kv`, as
+    `Rank.read_kv` gives it. prefix: its blocks in the prefix cache. started: whether it has
+    computed tokens, or told of those found; before, it may lose what it found.
     """
 
     slot: int
     draw_key: str
     prefix: Prefix
-    host_kv: list[torch.Tensor] | None = None
+    host_kv: torch.Tensor | None = None
     started: bool = False
 
     @property

@@ -3,13 +3,13 @@
     header   magic, version, layout digest, computed tokens, payload bytes, checksum: 64 bytes
     payload  [layers, blocks, block_tokens, 2, kv_heads, head_dim] in the KV's dtype
 
-One copy out of the KV tensors into the channel's segment, one copy from there into the receiver's.
+The heads are those of all ranks, so that either side may have any number of them. Without ranks it
+is one copy out of the KV tensors into the channel's segment, one from there into the receiver's.
 """
 
 import hashlib
 import struct
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from sagec.runtime.comm import Channel, ChannelError
 from sagec.runtime.engines import KVHandle
 from sagec.runtime.engines.torch.config import ModelConfig
+from sagec.runtime.engines.torch.rank import Rank
 
 _HEADER = struct.Struct("<8sI32sQQI")
 HEADER_BYTES = 64
@@ -25,7 +26,8 @@ _PAGE_WORDS = 512
 
 
 def kv_layout(config: ModelConfig, dtype: torch.dtype, block_tokens: int, identity: str) -> str:
-    """A fingerprint of all that two instances must share for one to read the other's KV."""
+    """A fingerprint of all that two instances must share for one to read the other's KV; config is
+    of the whole model, for how many ranks share out its heads does not matter."""
     name = str(dtype).removeprefix("torch.")
     return f"{name}:{config.layers}x{block_tokens}x2x{config.kv_heads}x{config.head_dim}:{identity}"
 
@@ -43,7 +45,7 @@ def checksum(payload: memoryview) -> int:
 
 def send_kv(
     channel: Channel,
-    kv: Sequence[torch.Tensor],
+    rank: Rank,
     blocks: torch.Tensor,
     computed_tokens: int,
     layout: str,
@@ -52,14 +54,10 @@ def send_kv(
 
     Raises ChannelError.
     """
-    num_bytes = _payload_bytes(kv, len(blocks))
+    num_bytes = rank.block_bytes * len(blocks)
     place, segment = channel.allocate(HEADER_BYTES + num_bytes)
     payload = segment[HEADER_BYTES:]
-    for tensor, target in zip(kv, _layers(payload, kv, len(blocks)), strict=True):
-        if tensor.device.type == "cpu":
-            torch.index_select(tensor, 0, blocks, out=target)
-        else:
-            target.copy_(tensor.index_select(0, blocks))
+    rank.read_kv(blocks, _layers(payload, rank, len(blocks)))
     _HEADER.pack_into(
         segment, 0, _MAGIC, _VERSION, _digest(layout), computed_tokens, num_bytes, checksum(payload)
     )
@@ -75,15 +73,13 @@ def check_layout(handle: KVHandle, layout: str) -> None:
         )
 
 
-def receive_kv(
-    channel: Channel, kv: Sequence[torch.Tensor], blocks: torch.Tensor, handle: KVHandle
-) -> None:
+def receive_kv(channel: Channel, rank: Rank, blocks: torch.Tensor, handle: KVHandle) -> None:
     """Copy what `handle` announces into `blocks` of every layer; the segment stays.
 
     Raises ChannelError, with nothing copied, where the bytes are not those that were sent.
     """
     segment = channel.receive(handle.place, handle.num_bytes)
-    expected = HEADER_BYTES + _payload_bytes(kv, len(blocks))
+    expected = HEADER_BYTES + rank.block_bytes * len(blocks)
     if len(segment) != expected:
         raise ChannelError(f"KV of {len(segment)} bytes; {expected} hold {len(blocks)} blocks")
     payload = segment[HEADER_BYTES:]
@@ -97,18 +93,14 @@ def receive_kv(
             f"KV from {handle.source!r} was damaged on the way (its checksum differs); "
             "compute the request again"
         )
-    for tensor, source in zip(kv, _layers(payload, kv, len(blocks)), strict=True):
-        tensor.index_copy_(0, blocks, source.to(tensor.device))
+    rank.write_kv(blocks, _layers(payload, rank, len(blocks)))
 
 
-def _payload_bytes(kv: Sequence[torch.Tensor], num_blocks: int) -> int:
-    return sum(tensor[0].nbytes for tensor in kv) * num_blocks
-
-
-def _layers(payload: memoryview, kv: Sequence[torch.Tensor], num_blocks: int) -> list[torch.Tensor]:
-    """The payload as a tensor a layer, sharing its memory."""
+def _layers(payload: memoryview, rank: Rank, num_blocks: int) -> torch.Tensor:
+    """The payload as [layers, blocks, *block_shape], sharing its memory."""
+    kv = rank.model.kv
     flat = torch.frombuffer(payload, dtype=kv[0].dtype)
-    return list(flat.view(len(kv), num_blocks, *kv[0].shape[1:]))
+    return flat.view(len(kv), num_blocks, *rank.block_shape)
 
 
 def _digest(layout: str) -> bytes:

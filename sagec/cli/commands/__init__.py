@@ -15,6 +15,7 @@ ORDER = (
     "fmt",
     "passes",
     "strategies",
+    "profile",
     "doctor",
     "patch",
     "completion",

@@ -1,4 +1,4 @@
-"""compile a file to plans, one an instance
+"""compile a file to plans, or to code for the torch engine
 
 The graph of FILE goes through a pipeline and is lowered; `--emit` says what is written of it.
 """
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from sagec.compiler import Compiler
 
-EMITS = ("ir", "plan", "plan-text")
+EMITS = ("ir", "plan", "plan-text", "torch")
 
 EPILOG = """examples:
   sagec compile examples/chat.sage
   sagec compile examples/chat.sage --emit plan -o plan.json
+  sagec compile examples/chat.sage --emit torch -o steps.py
   sagec compile graph.mlir --pipeline "order,chunk-prefill{tokens=512}" --emit ir
 """
 
@@ -49,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     unit = compiler.read(args.file)
     with writing.working(f"compiling {unit.name}"):
         compiler.optimize(unit.module, pipeline)
-        text = _emitted(compiler, unit.module, args.emit)
+        text = _emitted(compiler, unit.module, args.emit, args.output)
     writing.write_text(args.output, text)
     return 0
 
 
-def _emitted(compiler: Compiler, module: ModuleOp, emit: str) -> str:
+def _emitted(compiler: Compiler, module: ModuleOp, emit: str, output: str | None) -> str:
     if emit == "ir":
         from io import StringIO
 
@@ -63,6 +64,8 @@ def _emitted(compiler: Compiler, module: ModuleOp, emit: str) -> str:
         stream = StringIO()
         Printer(stream=stream).print_op(module)
         return f"{stream.getvalue()}\n"
+    if emit == "torch":
+        return _programs(module, output)
     plans = compiler.lower(module)
     if emit == "plan":
         from sagec.runtime.plan import to_json
@@ -71,3 +74,25 @@ def _emitted(compiler: Compiler, module: ModuleOp, emit: str) -> str:
     from sagec.runtime.plan_text import to_text
 
     return "\n".join(to_text(plan) for plan in plans)
+
+
+def _programs(module: ModuleOp, output: str | None) -> str:
+    """The code of the module's exec graphs; where it has none, that of its torch instances."""
+    from sagec import programs
+    from sagec.cli.failure import InputError
+    from sagec.dialects.exec import ExecGraphOp
+    from sagec.lowering.torch_source import programs_of
+    from sagec.passes.topology import topology_of
+
+    if any(isinstance(op, ExecGraphOp) for op in module.body.block.ops):
+        found = programs_of(module)
+    else:
+        instances = [each for each in topology_of(module).instances if each.engine == "torch"]
+        if not instances:
+            raise InputError("--emit torch: the file has no instance of engine torch, and no exec "
+                             "graph; --pipeline serve,convert-pd-to-exec makes some")  # fmt: skip
+        found = list(dict.fromkeys(map(programs.program_for, instances)))
+    if len(found) > 1 and output not in (None, "-"):
+        raise InputError(f"{output}: a file holds one program, and there are {len(found)}, for "
+                         "models or layouts differ")  # fmt: skip
+    return "\n".join(found)

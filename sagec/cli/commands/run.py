@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--horizon", metavar="STEPS", type=positive, help="steps that a plan covers at most"
     )
+    how.add_argument(
+        "--planner",
+        choices=("direct", "ir"),
+        default="direct",
+        help="plan rounds without IR where that gives the same plans, or all of them through it",
+    )
     how.add_argument("--limit", metavar="N", type=positive, help="only the first N requests")
     how.add_argument(
         "--metrics", metavar="PORT", type=port, help="serve figures for Prometheus and `sagec top`"

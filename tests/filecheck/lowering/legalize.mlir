@@ -129,13 +129,13 @@ pd.graph @quantization {
 // -----
 
 // More ranks than it runs on.
-// CHECK: error: instance @x: tp 2, pp 1
-// CHECK: torch takes at most 1, 1
+// CHECK: error: instance @x: tp 1, pp 2
+// CHECK: torch takes at most 8, 1
 
 cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 32, ffn = 128, vocab = 256}
 cluster.device @g0
 cluster.device @g1 like @g0
-cluster.instance @x on [@g0, @g1] engine "torch" role both model @m {tp = 2, kv_blocks = 400}
+cluster.instance @x on [@g0, @g1] engine "torch" role both model @m {pp = 2, kv_blocks = 400}
 pd.graph @ranks {
   %new = pd.requests ["a": prompt 80 generate 32]
   %kv = pd.prefill %new

@@ -31,6 +31,10 @@ cluster.device @g0 {kind = "h200", memory_bytes = 151397597184, flops_per_s = 9.
 // CHECK-NEXT: cluster.device @g1 like @g0 {flops_per_s = 1.0e+16}
 cluster.device @g1 like @g0 {flops_per_s = 1.0e16}
 
+// What its steps were measured to take is in a file, which is read when an instance is.
+// CHECK-NEXT: cluster.device @g2 {kind = "h200", profile = "profiles/h200.json"}
+cluster.device @g2 {kind = "h200", profile = "profiles/h200.json"}
+
 // Names of other characters than letters, digits, _ $ and . stand in quotes.
 // CHECK-NEXT: cluster.device @"rack 7-3"
 cluster.device @"rack 7-3"

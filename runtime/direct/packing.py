@@ -16,13 +16,14 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from sagec.dialects.columns import Ints
-from sagec.passes import flow
-from sagec.passes.flow import Bools
-from sagec.passes.work import Work
 from sagec.runtime.cost import StepCost
+from sagec.runtime.direct.columns import Bools, Ints, chosen, flags, zeros
+from sagec.runtime.direct.work import Work
 
 Floats = npt.NDArray[np.float64]
+
+FEW = 24
+"""Rows that plain numbers are faster for than columns."""
 
 _NO_HORIZON = 1 << 30
 _NEVER = 1 << 40
@@ -32,7 +33,7 @@ _NEVER = 1 << 40
 class Order:
     """How steps are to be packed.
 
-    mode: see `FuseStepsPass`. turn: steps of decodes after one of prompts, in time-share mode.
+    mode: see the pass `fuse-steps`. turn: steps of decodes after one of prompts, if time-share.
     horizon: how many steps; 0: until all is done. prompt_tokens: most of a step; 0: as many as the
     instance takes.
     """
@@ -118,8 +119,8 @@ def _coming(work: Work, finished: Finished) -> tuple[Bools, Ints, list[float]]:
     """The rows whose KV comes; those of them that decode here, as they arrive; and when."""
     rows = work.awaited.nonzero()[0]
     if not rows.size:
-        return flow.flags(False, len(work.names)), rows, []
-    ready = [finished.get(name) for name in flow.chosen(work.names, rows)]
+        return flags(False, len(work.names)), rows, []
+    ready = [finished.get(name) for name in chosen(work.names, rows)]
     if None in ready:
         if work.instance.name in work.source.words:
             known = [_will_come(work, row, finished) for row in rows.tolist()]
@@ -164,7 +165,7 @@ def line(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed |
     steps = int(step[-1]) + 1
     us, tokens = _line_estimates(work, chunks, steps)
     done = last < steps
-    names = flow.chosen(work.names, at[done])
+    names = chosen(work.names, at[done])
     finished.update(zip(names, us.cumsum()[last[done]].tolist(), strict=True))
     taken, given = (np.bincount(n, blocks[at], steps)[:steps] for n in (first, last + 1))
     return Packed(
@@ -174,9 +175,9 @@ def line(work: Work, blocks: Ints, order: Order, finished: Finished) -> Packed |
         us=us,
         tokens=tokens,
         used_blocks=(taken - given).cumsum().astype(np.int64),
-        begin=flow.zeros(rows),
-        until=flow.zeros(rows),
-        comes=flow.flags(False, rows),
+        begin=zeros(rows),
+        until=zeros(rows),
+        comes=flags(False, rows),
     )
 
 
@@ -236,7 +237,7 @@ def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> 
         alone = rows, context, used
         us, rows, used = _with_arrivals(work.instance.cost, alone, joining, order.limit)
     else:
-        us = work.instance.cost.step_us(rows, context, context)
+        us = work.instance.cost.step_us(rows, context, context, rows)
     taken = np.minimum(decodes, len(us))
     if len(awaited):
         taken = np.where(comes, work.decodes, taken)
@@ -247,7 +248,7 @@ def decodes_only(work: Work, blocks: Ints, order: Order, finished: Finished) -> 
         us=us,
         tokens=rows,
         used_blocks=used,
-        begin=flow.zeros(len(taken)),
+        begin=zeros(len(taken)),
         until=np.where(taken > 0, work.prompt + taken, 0),
         comes=comes,
     )
@@ -310,7 +311,7 @@ def _with_arrivals(
         alone = [column[step] for column in here] if step < len(here[0]) else _NOBODY
         if rows := joined + alone[0]:
             held = context + alone[1]
-            steps.append((cost.one_step_us(rows, held, held), rows, blocks + alone[2]))
+            steps.append((cost.one_step_us(rows, held, held, rows), rows, blocks + alone[2]))
             now += steps[-1][0]
             context += joined
         else:
@@ -320,7 +321,7 @@ def _with_arrivals(
     )
     us, tokens, used = np.array(steps, np.float64).reshape(-1, 3).T
     return (
-        np.concatenate([us, cost.step_us(rest, held_rest, held_rest)]),
+        np.concatenate([us, cost.step_us(rest, held_rest, held_rest, rest)]),
         np.concatenate([tokens.astype(np.int64), rest]),
         np.concatenate([used.astype(np.int64), used_rest]),
     )
@@ -392,10 +393,12 @@ class Packer:
         self.decodes = work.decodes[:num_prefills].tolist()
         self.needs = self.blocks[:num_prefills].tolist()
         self.offsets, self.bounds = work.bounds.offsets.tolist(), work.bounds.values.tolist()
+        self.uncut = len(self.bounds) == 2 * num_prefills
         self.running = [row for row in range(num_prefills) if held[row] > 0]
         self.waiting = deque(row for row in range(num_prefills) if held[row] == 0)
         self.free -= sum(self.needs[row] for row in self.running)
         self.comes, awaited, arrival_us = _coming(work, self.finished)
+        self.any_comes = bool(np.count_nonzero(self.comes))
         self.awaited, self.arrival_us = deque(awaited.tolist()), deque(arrival_us)
         self.reserve = len(awaited) if num_prefills else 0
         here = ~work.awaited & (work.decodes > 0)
@@ -412,14 +415,21 @@ class Packer:
         self.context = float(work.prompt[seated].sum())
         seated = seated[work.decodes[seated] < self.order.limit]
         steps = work.decodes[seated]
+        if len(seated) < FEW:
+            columns = (steps.tolist(), work.prompt[seated].tolist(), self.blocks[seated].tolist())
+            for at, prompt, blocks in zip(*columns, strict=True):
+                self._leaves_at(at, prompt + at, blocks)
+            return
         weights = (None, work.prompt[seated] + steps, self.blocks[seated])
         gone = np.array([np.bincount(steps, w) for w in weights]).T
         self.leaves |= {at: gone[at].tolist() for at in gone[:, 0].nonzero()[0].tolist()}
 
     def packed(self) -> Packed:
         """Pack steps until nothing is left to do, or the horizon ends."""
-        while len(self.us) < self.order.limit:
-            self._leave()
+        limit = self.order.limit
+        while len(self.us) < limit:
+            if self.returned or self.clock in self.leaves:
+                self._leave()
             if self.standing or self.awaited:
                 self._join()
             if self._only_decodes():
@@ -434,7 +444,7 @@ class Packer:
             us=np.array(self.us),
             tokens=np.array(self.tokens, np.int64),
             used_blocks=np.array(self.used_blocks, np.int64),
-            begin=np.where(self.comes, 0, self.begin),
+            begin=np.where(self.comes, 0, self.begin) if self.any_comes else self.begin,
             until=self._until(),
             comes=self.comes,
         )
@@ -475,8 +485,8 @@ class Packer:
 
     def _only_decodes(self) -> bool:
         """Whether nothing happens any more but that rows decode and leave."""
-        queues = (self.running, self.waiting, self.standing, self.awaited, self.returned)
-        return not any(queues)
+        prompts = self.running or self.waiting
+        return not (prompts or self.standing or self.awaited or self.returned)
 
     def _decode_on(self) -> None:
         """Pack the steps that are left, all at once, where only rows leave in between."""
@@ -489,7 +499,7 @@ class Packer:
         active = _left(self.active, at, rows, steps)
         held = _left(self.context, at, context, steps) + active.cumsum() - active
         used = _left(self.work.instance.kv_blocks - self.free, at, blocks, steps)
-        self.us += self.work.instance.cost.step_us(active, held, held).tolist()
+        self.us += self.work.instance.cost.step_us(active, held, held, active).tolist()
         self.tokens += active.tolist()
         self.used_blocks += used.tolist()
         self.clock += steps
@@ -500,9 +510,13 @@ class Packer:
         self.joined[row] = self.clock
         self.active += 1
         self.context += prompt
-        leaving = self.leaves[self.clock + steps]
+        self._leaves_at(self.clock + steps, prompt + steps, blocks)
+
+    def _leaves_at(self, clock: int, context: int, blocks: int) -> None:
+        """A row leaves then, with its tokens of KV and its blocks."""
+        leaving = self.leaves[clock]
         leaving[0] += 1
-        leaving[1] += prompt + steps
+        leaving[1] += context
         leaving[2] += blocks
 
     def _decode_here(self, row: int) -> None:
@@ -528,7 +542,7 @@ class Packer:
         """Count the step that is packed: its time, tokens and blocks."""
         instance = self.work.instance
         context = self.context if decoding else 0.0
-        us = instance.cost.one_step_us(prompts + decoding, pairs + context, self.context)
+        us = instance.cost.one_step_us(prompts + decoding, pairs + context, context, decoding)
         self.now_us += us
         self.us.append(us)
         self.tokens.append(prompts + decoding)
@@ -559,26 +573,29 @@ class Packer:
         left, pairs, step = budget, 0.0, len(self.us)
         finished: list[int] = []
         queue, self.running = self.running, []
-        while left > 0 and seats > 0 and partial > 0 and (queue or self._starts()):
-            row = queue.pop(0) if queue else self._start()
-            begin = self.position[row]
-            end = min(self._bound(row), begin + left)
-            self.chunks += (step, row, begin, end)
-            self.position[row] = end
+        chunks, position, prompt = self.chunks, self.position, self.prompt
+        while left > 0 and seats > 0 and partial > 0:
+            if queue:
+                row = queue.pop(0)
+            elif self.waiting and self.needs[self.waiting[0]] <= self.free:
+                row = self._start()
+            else:  # those behind the first that waits for blocks wait for it
+                break
+            begin = position[row]
+            bound = prompt[row] if self.uncut else self._bound(row)
+            end = begin + left if bound > begin + left else bound
+            chunks += (step, row, begin, end)
+            position[row] = end
             left -= end - begin
             seats -= 1
             pairs += (end * (end + 1) - begin * (begin + 1)) / 2
-            if end == self.prompt[row]:
+            if end == prompt[row]:
                 finished.append(row)
             else:
                 self.running.append(row)
                 partial -= 1
         self.running += queue
         return budget - left, pairs, finished
-
-    def _starts(self) -> bool:
-        """Whether the first that waits finds all its blocks; those behind wait for it."""
-        return bool(self.waiting) and self.needs[self.waiting[0]] <= self.free
 
     def _start(self) -> int:
         row = self.waiting.popleft()
@@ -588,8 +605,6 @@ class Packer:
     def _bound(self, row: int) -> int:
         """Where the chunk ends that the row is in."""
         low, high = self.offsets[row], self.offsets[row + 1]
-        if high - low == 2:
-            return self.prompt[row]
         return int(self.bounds[bisect.bisect_right(self.bounds, self.position[row], low, high)])
 
     def _finish(self, row: int) -> None:
@@ -603,7 +618,7 @@ class Packer:
     def _until(self) -> Ints:
         """Tokens of KV of each row after its last decode; 0 where it does not decode."""
         work = self.work
-        last = np.minimum(self.joined + work.decodes, self.clock)
-        taken = np.where(self.joined == _NEVER, 0, last - self.joined)
-        taken = np.where(self.comes, work.decodes, taken)
+        taken = np.minimum(self.joined + work.decodes, self.clock) - self.joined
+        if self.any_comes:
+            taken = np.where(self.comes, work.decodes, taken)
         return np.where(taken > 0, work.prompt + taken, 0)

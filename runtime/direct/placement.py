@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sagec.dialects.columns import Ints
-from sagec.passes.topology import Instance, Topology
 from sagec.runtime.cost import StepCost
+from sagec.runtime.direct.columns import Ints
+from sagec.runtime.direct.topology import Instance, Topology
 
 Floats = npt.NDArray[np.float64]
 Pair = tuple[int, int]
@@ -392,11 +392,19 @@ def greedy(problem: Problem) -> Assignment:
     """Rows in their order, each to the best pair for it as things stand."""
     loads = Loads(problem)
     pairs = []
-    for row in range(len(problem)):
-        pair = loads.choose(row)
+    for row, only in enumerate(_only_pairs(problem)):
+        pair = only or loads.choose(row)
         loads.add(row, pair)
         pairs.append(pair)
     return _assignment(loads, pairs, "greedy")
+
+
+def _only_pairs(problem: Problem) -> list[Pair | None]:
+    """Of each row, the pair of sites that it may use; None where there are several."""
+    prefills, decodes = np.isfinite(problem.prefill_us), np.isfinite(problem.decode_us)
+    only = (prefills.sum(axis=1) == 1) & (decodes.sum(axis=1) == 1)
+    ends = zip(prefills.argmax(axis=1).tolist(), decodes.argmax(axis=1).tolist(), strict=True)
+    return [pair if one else None for pair, one in zip(ends, only.tolist(), strict=True)]
 
 
 def measured(problem: Problem, pairs: Sequence[Pair], status: str) -> Assignment:
