@@ -39,8 +39,8 @@ class StepRows:
                 self.lanes.append(count)
                 cuts.append({0, count})
                 continue
-            for result in op.results:
-                if (rows := self._made(op)) is not None:
+            for number, result in enumerate(op.results):
+                if (rows := self._made(op, number)) is not None:
                     self._of[result] = rows
                     if isinstance(op, ex.SliceOp):
                         cuts[rows.lane] |= {rows.begin, rows.end}
@@ -105,9 +105,11 @@ class StepRows:
     def _lane(self, number: int) -> str:
         return f"batch_{number}" if len(self.lanes) > 1 else "batch"
 
-    def _made(self, op: ex.OperatorOp) -> Rows | None:
-        """The rows of what an op makes: those of its first operand, unless it changes them."""
-        taken = [self._of[value] for value in op.operands if value in self._of]
+    def _made(self, op: ex.OperatorOp, number: int) -> Rows | None:
+        """The rows of a result: those of the first operand, of a message's like operand, unless the
+        op changes them."""
+        operands = op.operands[number:] if isinstance(op, ex.CollectiveOp) else op.operands
+        taken = [self._of[value] for value in operands if value in self._of]
         if not taken:
             return None
         lane, begin, end = taken[0].lane, taken[0].begin, taken[0].end

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from sagec.passes.errors import PassError
 ABSENT = "None"
 """What stands for the operand that the first norm of a step lacks."""
 
-_TAKEN = {"F", "batch", "cache", "kernels", "kv", "layer", "ranks", "torch", "weights"}
+_TAKEN = {"F", "batch", "cache", "kernels", "kv", "lanes_of", "layer", "ranks", "torch", "weights"}
 
 _WEIGHTS_OF: dict[type[Operation], str] = {
     ex.QKVOp: "layer.norm",
@@ -155,7 +155,7 @@ class Statements:
         if not self.rows.is_one_batch:
             self._add(f"kernels.begin_step({batch})")
         self._add(f"kernels.store_kv({given}, {self._layer_of(op)})", "kv_store")
-        name = self._fresh(op.results[0], "attended")
+        name = self._fresh(op.results[0], "attended", self._operands())
         self._add(f"{name} = kernels.empty_attended({self._name(qkv)})")
         asking = {type(use.operation): use.operation for use in qkv.uses}
         for kind, word in _ATTENTIONS.items():
@@ -221,10 +221,9 @@ class Statements:
         return self._put(op.whole, self._variable(name, op.whole))
 
     def all_reduce(self, op: ex.AllReduceOp) -> None:
-        places = [self._writable(part) for part in op.parts]
-        names = ", ".join(place.name for place in places)
-        for total, place in zip(op.sums, places, strict=True):
-            self._put(total, place)
+        for part, total in zip(op.parts, op.sums, strict=True):
+            self._put(total, self._writable(part))
+        names = ", ".join(map(self._name, op.sums))
         if op.stream_name != ex.COMM:
             return self._add(f"ranks.all_reduce([{names}])", self._note(op))
         work = self._unused("work")
@@ -233,8 +232,9 @@ class Statements:
 
     def resize(self, op: ex.AllGatherOp | ex.ReduceScatterOp) -> None:
         word = op.name.removeprefix("exec.")
-        for before, after in zip(op.operands, op.results, strict=True):
-            name = self._fresh(after, "logits" if _is_logits(after) else word)
+        for at, (before, after) in enumerate(zip(op.operands, op.results, strict=True), start=1):
+            later = set(map(self._name, op.operands[at:]))
+            name = self._fresh(after, "logits" if _is_logits(after) else word, later)
             self._add(f"{name} = ranks.{word}({self._name(before)}, {op.number('axis')})",
                       self._note(op, "S" if _is_logits(after) else ""))  # fmt: skip
             self._put(after, self._variable(name, after))
@@ -302,18 +302,23 @@ class Statements:
         place = self._variables[value]
         if not any(place.meets(other) for _, other in self._needed()):
             return place
-        name = self._fresh(value, "clone")
+        name = self._fresh(value, "clone", self._operands())
         self.lines.append(Line(f"{name} = {place.name}.clone()", "", self._layer))
         return self._variable(name, value)
 
-    def _fresh(self, value: SSAValue, default: str) -> str:
-        """A name for a value, by its hint; other values in use have others."""
+    def _operands(self) -> set[str]:
+        """The names of what the operator takes: others must not have them before it has."""
+        operands = self._ops[self._now].operands
+        return {self._name(value) for value in operands if value in self._variables}
+
+    def _fresh(self, value: SSAValue, default: str, kept: Collection[str] = ()) -> str:
+        """A name for a value, by its hint; values in use have others, and so have those kept."""
         hint = re.sub(r"_?\d+$", "", value.name_hint or "")
         is_name = hint.isidentifier() and not keyword.iskeyword(hint) and hint not in _TAKEN
-        return self._unused(hint if is_name else default)
+        return self._unused(hint if is_name else default, kept)
 
-    def _unused(self, base: str) -> str:
-        used = {variable.name for _, variable in self._needed()} | set(self._works.values())
+    def _unused(self, base: str, kept: Collection[str] = ()) -> str:
+        used = {variable.name for _, variable in self._needed()} | {*self._works.values(), *kept}
         name, number = base, 1
         while name in used:
             number += 1

@@ -99,8 +99,8 @@ class _Rows:
             case ex.CollectiveOp():
                 pairs = zip(op.results, taken, strict=True)
                 self.spans |= {result: span for result, span in pairs if span is not None}
-            case ex.NormOp() | ex.QKVOp() | ex.FFNOp() if taken[0] is not None:
-                self.spans |= dict.fromkeys(op.results, taken[0])
+            case ex.NormOp() | ex.QKVOp() | ex.FFNOp() if len({*taken} - {None}) == 1:
+                self.spans |= dict.fromkeys(op.results, next(span for span in taken if span))
             case _:
                 pass
 
@@ -167,12 +167,12 @@ class _Cutter:
             self.graph.body.block.erase_op(op)
 
     def _is_cut(self, op: ex.OperatorOp) -> bool:
-        """Whether an op becomes two: all of its rows are known, and of lanes that are cut."""
-        if not self.rows.is_by_row(op):
-            return False
-        values = op.results or op.operands
-        spans = [self.rows.spans.get(value) for value in values]
-        return all(span is not None and span.lane in self.cuts for span in spans)
+        """Whether an op becomes two: its rows are known, and all that are, are of lanes that are
+        cut."""
+        spans = [self.rows.spans.get(value) for value in (*op.operands, *op.results)]
+        made = spans[len(op.operands) :] or spans
+        known = all(span is None or span.lane in self.cuts for span in spans)
+        return self.rows.is_by_row(op) and None not in made and known
 
     def _half(self, value: SSAValue, half: int) -> _Span:
         span = self.rows.spans[value]
@@ -186,16 +186,8 @@ class _Cutter:
         properties: dict[str, Attribute] = {}
         if isinstance(op, ex.AttentionOp):
             operands, properties = self._attended(op, half)
-        elif isinstance(op, ex.CollectiveOp | ex.ProjectionOp):
-            operands = [
-                self._part(value, half, self._half(value, half), op)
-                for value in op.operands
-                if self._half(value, half).count
-            ]
         else:
-            rows = [*op.results, *op.operands][0]
-            span = self._half(rows, half)
-            operands = [self._part(value, half, span, op) for value in op.operands]
+            operands = self._taken(op, half)
         if isinstance(op, ex.SendOp | ex.RecvOp) and half:
             properties["channel"] = int_attr(self._second_channel(op))
         types = [_with_rows(value, self._half(value, half).count) for value in results]
@@ -214,11 +206,20 @@ class _Cutter:
             (value, half): part for value, part in zip(results, made.results, strict=True)
         }
 
-    def _part(self, value: SSAValue, half: int, span: _Span, op: ex.OperatorOp) -> SSAValue:
-        """The rows of a value that are those of the span of its half of a lane."""
+    def _taken(self, op: ex.OperatorOp, half: int) -> list[SSAValue]:
+        """What half of an op takes of each operand that has rows there. Where nobody knows the rows
+        of an operand, they are those of the op."""
+        rows = self.rows.spans[[*op.results, *op.operands][0]]
+        for value in op.operands:
+            self.rows.spans.setdefault(value, rows)
+        return [self._part(v, half, op) for v in op.operands if self._half(v, half).count]
+
+    def _part(self, value: SSAValue, half: int, op: ex.OperatorOp) -> SSAValue:
+        """Half of a value."""
         if (value, half) not in self.parts:
-            begin = self.rows.spans[value].begin if value in self.rows.spans else 0
-            self.parts[value, half] = self._slice(value, span.begin - begin, span.count, op)
+            span = self._half(value, half)
+            first = span.begin - self.rows.spans[value].begin
+            self.parts[value, half] = self._slice(value, first, span.count, op)
         return self.parts[value, half]
 
     def _slice(self, value: SSAValue, first: int, count: int, op: ex.OperatorOp) -> SSAValue:
@@ -246,7 +247,7 @@ class _Cutter:
             name: ColumnAttr.of(op.column(name)[chosen]) for name in op.COLUMNS
         }
         said["first"] = int_attr(span.begin - rows.begin)
-        return [self._part(qkv, half, rows, op), self._slice(kv, before, tokens, op)], said
+        return [self._part(qkv, half, op), self._slice(kv, before, tokens, op)], said
 
     def _whole(self, value: SSAValue, user: Operation) -> SSAValue:
         """A value as it was before the cut."""

@@ -40,9 +40,9 @@ class OverlapCommunicationPass(ModulePass):
     `%s = all_reduce %p; kv_store %k; norm %h, %s  -->  %q = wait %p {stream = "comm"};
      %s = all_reduce %q {stream = "comm"}; kv_store %k; %t = wait %s; norm %h, %t`
 
-    Ops go where their stream is free for them first, those before others that have most behind
-    them; so lanes that share a device take turns, one computing while the other's messages are on
-    their way. KV that is loaded from afar stays behind what it stood behind, for it needs memory.
+    Lanes that share a device take turns, one computing while the other's messages are on their way.
+    Of several orders the fastest is taken: that of the text; first what has most behind it; lane
+    after lane. KV from afar stays behind what it stood behind, for it needs memory.
 
     micro_batches=2: also cut the rows of each lane in two, between requests, where the estimates
     say that this is faster still: each half reads the weights once more, and hides the other's

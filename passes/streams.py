@@ -138,10 +138,13 @@ class Stopwatch:
     def __init__(self) -> None:
         self._known: dict[Operation, tuple[tuple[str, str], float]] = {}
         self._channels: dict[Operation, int] = {}
+        self._exchanges: bool | None = None  # whether lanes wait for each other's messages
 
     def makespan_us(self, graph: ex.ExecGraphOp) -> float:
         """How long the step takes, streams beside each other."""
-        if shared_groups(graph):
+        if self._exchanges is None:
+            self._exchanges = bool(shared_groups(graph))
+        if self._exchanges:
             return ExecutionGraph(graph).makespan_us()
         free: defaultdict[tuple[str, str], float] = defaultdict(float)
         there: dict[Operation, float] = {}

@@ -150,6 +150,29 @@ def test_cutting_the_rows_of_any_step_keeps_its_results(step: Step) -> None:
     assert bool(second) == (requests > 1)
 
 
+def test_a_lost_sum_is_noticed() -> None:
+    step = Step((Lane(((0, 4),), (3, 5), PAIR),), tp=2)
+    graph = step.graph()
+    wrong = graph.clone()
+    lost = next(op for op in wrong.operators if isinstance(op, ex.AllReduceOp))
+    lost.sums[0].replace_all_uses_with(lost.parts[0])
+    with pytest.raises(AssertionError):
+        assert_same(graph, wrong)
+
+
+def test_lanes_that_are_added_up_are_not_cut() -> None:
+    step = Step((Lane((), (3, 5), PAIR), Lane((), (3, 5), PAIR)), tp=2, interleaved=True)
+    module = step.module()
+    graph = graph_of(module)
+    first, second = [op for op in graph.operators if op.layer_number is None
+                     and isinstance(op, ex.NormOp)]  # fmt: skip
+    second.operands[1] = first.results[0]
+    before = graph.clone()
+    split_rows(graph, topology_of(module))
+    module.verify()
+    assert_same(before, graph)
+
+
 @LAX
 @given(step=STEPS)
 def test_a_stopwatch_says_what_the_graph_says(step: Step) -> None:

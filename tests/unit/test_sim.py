@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,6 +279,30 @@ def test_a_prompt_that_is_cancelled_amid_its_chunks_is_computed_to_the_end_of_th
     assert step.chunks == (("a", 50, 100),)
     assert (gone.request_id, done.plan_id) == ("a", "p")
     assert engine.kv_blocks_used() == 0
+
+
+def test_requests_that_come_while_all_compute_are_let_in_together_when_a_step_ends():
+    late = [Request(id=f"r{i}", prompt=range(9), arrival_us=10 + i) for i in range(3)]
+    asked = [Request(id="a", prompt=range(60), max_output_tokens=30), *late]
+    served = simulate(ONE, [msgspec.structs.replace(r, max_output_tokens=30) for r in asked])
+    first_us = steps_of(served)[0].end_us
+    rounds = [planned for planned in served.rounds if len(planned.state.waiting)]
+    assert [planned.state.now_us for planned in rounds] == [0, first_us]
+    assert rounds[1].state.waiting.ids.tolist() == ["r0", "r1", "r2"]
+    begun = next(step for step in steps_of(served) if any("r0" in chunk for chunk in step.chunks))
+    assert begun.begin_us == first_us
+
+
+def test_a_round_sees_the_steps_that_have_ended_in_the_midst_of_a_stretch():
+    asked = [
+        Request(id="a", prompt=range(8), max_output_tokens=100),
+        Request(id="b", prompt=range(8), max_output_tokens=2, arrival_us=50_000),
+    ]
+    served = simulate(ONE, asked, DirectPlanner(horizon=200))
+    second = next(p.state for p in served.rounds if "b" in p.state.waiting.ids)
+    told = [step for step in steps_of(served) if step.end_us <= second.now_us]
+    assert told[-1].end_us == second.now_us >= 50_000
+    assert second.running.output_tokens.tolist() == [sum(step.steps for step in told)]
 
 
 # Links that are shared

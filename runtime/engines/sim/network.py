@@ -106,9 +106,11 @@ class Network:
         limit = bytes_per_s if route is None or not route.links else float("inf")
         links = () if route is None else route.links
         latency_us = latency_us if route is None else route.latency_us
+        if not num_bytes:
+            self._arrivals_us[key] = begin_us + round(latency_us)
+            return
         self._flows[key] = _Flow(source, target, links, latency_us, num_bytes, limit, begin_us)
         self._share()
-        self.settle(begin_us)
 
     def settle(self, now_us: int) -> None:
         """Let time pass until now; a moment that has passed changes nothing."""

@@ -11,8 +11,8 @@ from sagec.runtime.request import Request
 class Row:
     """prompt_tokens, num_tokens: prompt, with the output. computed: of them, how many have KV here,
     or on the host while `swapped`. limit: tokens at which it ends. blocks: those that it holds, of
-    which the first, `leased`, are in the prefix cache. hashes: of its prompt's blocks, once somebody
-    asked.
+    which the first, `leased`, are in the prefix cache. hashes: of its prompt's blocks, once they
+    were asked for.
     """
 
     request: Request

@@ -168,3 +168,31 @@ exec.graph @cut {phase = "decode", model = "m"} {
   %19 = exec.sample %18 -> !exec.tensor<[3], i32, @g0>
   exec.yield %19, %17
 }
+
+// -----
+
+// A lane is a part of the batch; logits are in the order of the lanes, and no name is given again
+// before the last who needs what it was has it.
+// CHECK: def hybrid(weights, kernels, kv, batch, ranks):
+// CHECK-NEXT: """
+// CHECK-NEXT: batch_0, batch_1 = lanes_of(batch, 2)
+// CHECK: logits = weights.lm_head(hidden[batch_0.sampled])
+// CHECK-NEXT: # lm_head [S, 5]
+// CHECK-NEXT: logits_2 = weights.lm_head(hidden_2[batch_1.sampled])
+// CHECK-NEXT: # all_gather [S, 10]
+// CHECK-NEXT: logits_2 = ranks.all_gather(logits_2, 1)
+// CHECK-NEXT: # all_gather [S, 10]
+// CHECK-NEXT: logits = ranks.all_gather(logits, 1)
+// CHECK-NEXT: return torch.cat([logits, logits_2])
+exec.graph @of_two_lanes {phase = "hybrid", model = "m", tp = 2} {
+  %0 = exec.input -> !exec.tensor<[3], i32, @g0>
+  %1 = exec.input -> !exec.tensor<[2], i32, @g0>
+  %2 = exec.embedding %0 -> !exec.tensor<[3, 8], f32, @g0>
+  %3 = exec.embedding %1 -> !exec.tensor<[2, 8], f32, @g0>
+  %4 = exec.lm_head %2 rows #pd.column<2> -> !exec.tensor<[1, 5], f32, @g0>
+  %5 = exec.lm_head %3 rows #pd.column<1> -> !exec.tensor<[1, 5], f32, @g0>
+  %6, %7 = exec.all_gather %5, %4 {axis = 1} over [@g0, @g1] -> !exec.tensor<[1, 10], f32, @g0>, !exec.tensor<[1, 10], f32, @g0>
+  %8 = exec.sample %6 -> !exec.tensor<[1], i32, @g0>
+  %9 = exec.sample %7 -> !exec.tensor<[1], i32, @g0>
+  exec.yield %9, %8
+}
