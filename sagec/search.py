@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -22,7 +22,7 @@ from sagec.diagnostics import Diagnostic
 from sagec.language.syntax import Cluster, Instance, Program
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
-from sagec.planner import CompilingPlanner
+from sagec.planner import planner_of
 from sagec.runtime.request import Request
 from sagec.runtime.strategies import Strategy
 from sagec.simulation import simulate
@@ -244,7 +244,7 @@ class Search:
             goodput_per_s=low,
             ttft_p90_ms=shown.get("ttft_p90_ms"),
             tpot_p90_ms=shown.get("tpot_p90_ms"),
-            why=self._limit(high, missed) if missed else "",
+            why=self._limit(high, missed) if missed else "reaches its bound",
         )
 
     def _limit(self, rate: float, run: dict[str, Any]) -> str:
@@ -262,7 +262,7 @@ class Search:
         """Serve the requests as they come at so many a second."""
         module = self.module(layout)
         requests = self._load.at_rate(self._requests, rate_per_s)
-        planner = CompilingPlanner.of(module, None)
+        planner = planner_of(module)
         simulated = simulate(module, requests, self._make_strategy(), planner)
         figures = simulated.figures()
         return {
@@ -340,23 +340,34 @@ class Load:
         Each prompt takes its arithmetic, and each token of output its share of a decode step of
         the largest batch that keeps the promise and fits the KV.
         """
-        prompt, output = float(np.mean(self.prompts)), float(np.mean(self.outputs))
-        context = prompt + output / 2
-        for one in (one for one in placed if one.runs("prefill")):
-            share = target.attained
-            longest = float(np.quantile(self.prompts, share))
-            alone_us = float(one.cost.prefill_us(0, longest))
-            if alone_us > target.ttft_us:
-                return 0.0, (
-                    f"a prompt of {longest:.0f} tokens, longer than {share:.0%} are, takes "
-                    f"{alone_us / 1e3:.0f} ms alone on {one.name}"
-                )
-        prefill_us = {one.name: float(one.cost.prefill_us(0, prompt)) for one in placed}
-        token_us = {one.name: _token_us(one, context, target) for one in placed}
-        if all(token_us[one.name] is None for one in placed if one.runs("decode")):
+        share = target.attained
+        longest = int(np.quantile(self.prompts, share, method="inverted_cdf"))
+        alone_us = {o.name: float(o.cost.prefill_us(0, longest)) for o in placed if o.runs("prefill")}
+        fastest = min(alone_us, key=alone_us.__getitem__)
+        if alone_us[fastest] > target.ttft_us:
+            return 0.0, (
+                f"a prompt of {longest} tokens, longer than {share:.0%} are, takes "
+                f"{alone_us[fastest] / 1e3:.0f} ms alone on {fastest}"
+            )
+        decodes = float(np.mean(self.outputs)) - 1  # the first token comes of the prompt
+        request = MeanRequest(float(np.mean(self.prompts)), decodes)
+        token_us = {one.name: _token_us(one, request.context, target) for one in placed}
+        if decodes and all(token_us[one.name] is None for one in placed if one.runs("decode")):
             return 0.0, "one decode alone takes longer than its promise"
         # a share of the requests may be turned away
-        return _rate_per_s(placed, prefill_us, token_us, output) / target.attained, ""
+        return _rate_per_s(placed, token_us, request) / share, ""
+
+
+class MeanRequest(NamedTuple):
+    """Of all requests: tokens of the prompt, and those that are decoded after the first one."""
+
+    prompt: float
+    decodes: float
+
+    @property
+    def context(self) -> float:
+        """Tokens of KV at a decode."""
+        return self.prompt + self.decodes / 2
 
 
 def _token_us(one: Placed, context: float, target: Target) -> float | None:
@@ -369,22 +380,34 @@ def _token_us(one: Placed, context: float, target: Target) -> float | None:
 
 
 def _rate_per_s(
-    placed: Sequence[Placed],
-    prefill_us: dict[str, float],
-    token_us: dict[str, float | None],
-    output: float,
+    placed: Sequence[Placed], token_us: Mapping[str, float | None], request: MeanRequest
 ) -> float:
     """Instances that do both share their time; the others are as fast as the slower phase."""
     both = prefill = decode = 0.0
     for one in placed:
-        decodes_us = None if token_us[one.name] is None else output * float(token_us[one.name] or 0)
-        if one.role == "both" and decodes_us is not None:
-            both += 1e6 / (prefill_us[one.name] + decodes_us)
+        if (us := token_us[one.name] if request.decodes else 0.0) is None and one.runs("decode"):
+            continue
+        decodes_us = request.decodes * (us or 0.0)
+        if one.role == "both":
+            both += 1e6 / _both_us(one, decodes_us, request)
         elif one.role == "prefill":
-            prefill += 1e6 / prefill_us[one.name]
-        elif one.role == "decode" and decodes_us is not None:
-            decode += 1e6 / decodes_us
+            prefill += 1e6 / float(one.cost.prefill_us(0, request.prompt))
+        else:
+            decode += 1e6 / decodes_us if decodes_us else np.inf
     return both + min(prefill, decode)
+
+
+def _both_us(one: Placed, decodes_us: float, request: MeanRequest) -> float:
+    """The time that a request takes, at least, of an instance that does both.
+
+    A step of both phases reads weights and KV while it computes prompts, so that one may hide
+    behind the other; a fit to measured steps says what is left of that.
+    """
+    prefill_us = float(one.cost.prefill_us(0, request.prompt))
+    if one.cost.fit is not None:
+        return prefill_us + decodes_us
+    token_us = float(one.cost.prefill_us(request.context, request.context + 1))
+    return max(prefill_us + request.decodes * token_us, decodes_us)
 
 
 def _cluster_of(program: Program) -> Cluster:

@@ -145,5 +145,5 @@ def _sentence(verdicts: Sequence[Verdict], best: int, search: Search) -> str:
     return (
         f"{len(verdicts)} layouts, {simulated} simulated; the others cannot exceed the best "
         f"{best}. Times are 90th percentiles at that rate. The best, for the file's cluster:\n\n"
-        f"{search.text(first.layout)}\n"
+        f"{search.text(first.layout)}"
     )

@@ -94,7 +94,7 @@ def test_an_op_that_does_not_verify_is_shown_with_its_line() -> None:
 def test_an_unknown_op_is_compared_with_those_there_are() -> None:
     assert "a.mlir:1:1: error: no op 'kv.evct'" in refused("kv.evct @d0")
     assert "did you mean 'kv.evict'?" in refused("kv.evct @d0")
-    assert "there are: builtin.*, cluster.*, kv.*, pd.*" in refused("evict")
+    assert "there are: builtin.*, cluster.*, exec.*, kv.*, pd.*" in refused("evict")
 
 
 @pytest.mark.parametrize(

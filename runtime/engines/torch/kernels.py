@@ -136,7 +136,7 @@ class TorchKernels:
 
     def _by_head(self, states: torch.Tensor) -> torch.Tensor:
         """[T, n * head_dim] -> [T, n, head_dim]."""
-        return states.view(len(states), -1, self._config.head_dim)
+        return states.unflatten(1, (-1, self._config.head_dim))
 
     def _attend_bucket(
         self, queries: torch.Tensor, kv: torch.Tensor, bucket: Bucket
