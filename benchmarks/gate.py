@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+from round import CLUSTERS, measure_round
 
 from sagec.compiler import Compiler
 from sagec.lowering.execution_graph_builder import ExecutionGraphBuilder, Hardware, Parallel
@@ -37,6 +38,10 @@ BASELINE, THRESHOLDS = HOME / "baseline.json", HOME / "thresholds.toml"
 REQUESTS = 240
 TURNS_KEPT = 3
 """How many of a conversation's turns its next prompt begins with."""
+
+
+TIMED = "direct_round_share"
+"""What only a timed run has."""
 
 
 class GateError(ValueError):
@@ -134,6 +139,15 @@ def figures() -> dict[str, float]:
     return found | {f"tp2.{key}": value for key, value in communication().items()}
 
 
+def timed() -> dict[str, float]:
+    """Round latencies: the direct planner's, as a share of the compiler's in the same run."""
+    found = {}
+    for cluster in CLUSTERS:
+        one = measure_round(cluster, residents=64, waiting=4, rounds=60)
+        found[f"{cluster}.direct_round_share"] = round(one.direct_cpu_us / one.cpu_median_us, 4)
+    return found
+
+
 # Comparing
 
 
@@ -163,9 +177,25 @@ def thresholds() -> dict[str, Threshold]:
     """By the last part of a figure's name. Raises GateError."""
     try:
         said = tomllib.loads(THRESHOLDS.read_text("utf-8"))
-        return {name: Threshold(**fields) for name, fields in said.items()}
+        found = {name: Threshold(**fields) for name, fields in said.items()}
     except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
         raise GateError(f"{THRESHOLDS}: {error}") from None
+    for name, one in found.items():
+        if one.better not in ("higher", "lower") or not isinstance(one.worse_by, int | float):
+            raise GateError(f"{THRESHOLDS}: {name}: {one}; better is higher or lower, worse_by "
+                            "a number")  # fmt: skip
+    return found
+
+
+def baseline() -> dict[str, float]:
+    """The figures that are stored. Raises GateError."""
+    try:
+        found = json.loads(BASELINE.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise GateError(f"{BASELINE}: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, int | float) for v in found.values()):
+        raise GateError(f"{BASELINE}: figures by name are wanted")
+    return found
 
 
 def compared(before: Mapping[str, float], now: Mapping[str, float]) -> list[Comparison]:
@@ -203,19 +233,23 @@ def main() -> int:
     """Run, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--report", metavar="MD", type=Path, help="write the comparison here")
+    parser.add_argument("--timed", action="store_true", help="round latencies too, as ratios")
     parser.add_argument("--write-baseline", action="store_true", help="these figures are right")
     args = parser.parse_args()
     if args.write_baseline:
         lines = map(json.dumps, sessions())
         (HOME / "sessions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    now = figures()
+    now = figures() | (timed() if args.timed or args.write_baseline else {})
     if args.write_baseline:
         BASELINE.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
         print(f"{BASELINE}: {len(now)} figures")
         return 0
     try:
-        comparisons = compared(json.loads(BASELINE.read_text("utf-8")), now)
-    except (GateError, OSError, json.JSONDecodeError) as error:
+        before = baseline()
+        if not args.timed:
+            before = {name: value for name, value in before.items() if TIMED not in name}
+        comparisons = compared(before, now)
+    except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
         return 2
     text = report(comparisons)

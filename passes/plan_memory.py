@@ -327,7 +327,8 @@ def _check_room(graph: ex.ExecGraphOp, plan: MemoryPlan, topology: Topology) -> 
                 ranks = len(instance.devices)
                 weights += instance.model.weight_bytes / ranks
                 tokens = instance.kv_blocks * instance.block_tokens
-                kv += tokens * instance.kv_bytes_per_token / ranks
+                kv_shares = instance.pp * min(instance.tp, instance.model.kv_heads)
+                kv += tokens * instance.kv_bytes_per_token / kv_shares
         lacking = arena.peak_bytes + weights + kv - device.memory_bytes
         if lacking > 0:
             raise PassError(

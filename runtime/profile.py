@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ KINDS = ("prefill", "decode", "mixed")
 
 FEWEST_POINTS = 3
 """Steps of prompts alone, and of decodes alone, that a fit needs."""
+
+MOST = 10**15
+"""A whole number of a profile, so that sums and products of them are numbers still."""
 
 STIFFNESS = 0.1
 """How much a curve minds to bend, against being off."""
@@ -192,7 +195,10 @@ def from_json(values: object) -> Profile:
 def _check_point(point: Point, place: str) -> None:
     if not (0 < point.us < math.inf and 0 <= point.spread_us < math.inf):
         raise ProfileError(f"{place}: us is {point.us!r}, spread_us {point.spread_us!r}")
-    if not (point.prompts and point.chunk_tokens) and not point.decodes:
+    if bool(point.prompts) != bool(point.chunk_tokens):
+        said = f"{point.prompts} prompts of {point.chunk_tokens} tokens"
+        raise ProfileError(f"{place}: {said}; neither is 0, or both are")
+    if not point.prompts and not point.decodes:
         raise ProfileError(f"{place}: a step that computes nothing")
 
 
@@ -207,12 +213,14 @@ def _made(kind: Callable[..., Any], values: object, place: str) -> Any:
         takes = _TAKES.get(str(field.type))
         if takes and (not isinstance(value, takes[0]) or isinstance(value, bool)):
             raise ProfileError(f"{place}: {name} is {value!r}; {takes[1]} is wanted")
-        if isinstance(value, int) and value < 0:
-            raise ProfileError(f"{place}: {name} is {value}; 0 or more")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ProfileError(f"{place}: {str(error).partition('missing ')[2] or error}") from None
+        if isinstance(value, int) and not 0 <= value <= MOST:
+            shown = value if abs(value) <= 10 * MOST else "a longer number"
+            raise ProfileError(f"{place}: {name} is {shown}; 0 or more, {MOST} at most")
+    missing = [name for name, field in wanted.items()
+               if field.default is MISSING and name not in values]  # fmt: skip
+    if missing:
+        raise ProfileError(f"{place}: no {', '.join(missing)}")
+    return kind(**values)
 
 
 _TAKES: dict[str, tuple[type | tuple[type, ...], str]] = {

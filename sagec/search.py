@@ -30,6 +30,9 @@ from sagec.simulation import simulate
 PRECISION = 0.05
 """How close the bisection comes to the goodput, as a share of it."""
 
+REACHED = "reaches its bound; more requests a trial (--limit) may tell what breaks first"
+"""Why no more, where each trial went well: a short one ends before queues grow."""
+
 _KEPT = ("block", "budget", "max_batch", "kv_dtype", "dtype", "options", "model")
 """Settings of the file's own instances that a layout's instances have too."""
 
@@ -244,7 +247,7 @@ class Search:
             goodput_per_s=low,
             ttft_p90_ms=shown.get("ttft_p90_ms"),
             tpot_p90_ms=shown.get("tpot_p90_ms"),
-            why=self._limit(high, missed) if missed else "reaches its bound",
+            why=self._limit(high, missed) if missed else REACHED,
         )
 
     def _limit(self, rate: float, run: dict[str, Any]) -> str:
@@ -342,7 +345,9 @@ class Load:
         """
         share = target.attained
         longest = int(np.quantile(self.prompts, share, method="inverted_cdf"))
-        alone_us = {o.name: float(o.cost.prefill_us(0, longest)) for o in placed if o.runs("prefill")}
+        alone_us = {
+            o.name: float(o.cost.prefill_us(0, longest)) for o in placed if o.runs("prefill")
+        }
         fastest = min(alone_us, key=alone_us.__getitem__)
         if alone_us[fastest] > target.ttft_us:
             return 0.0, (

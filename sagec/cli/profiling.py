@@ -77,6 +77,10 @@ def _instance(args: argparse.Namespace) -> Placed:
             f"instance @{found.name}: engine {found.engine!r} cannot be measured; what can: "
             f"{', '.join(MEASURABLE)}"
         )
+    if found.engine == "torch" and not found.model.path:
+        model = found.model.name
+        raise InputError(f"instance @{found.name}: model @{model} has no weights to compute with; "
+                         f'model {model} from "FOLDER" says where they are')  # fmt: skip
     return found
 
 

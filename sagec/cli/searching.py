@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             layouts(len(search.devices), args.tp or TPS, args.chunk or CHUNKS, heads, kv_heads)
         )
         if not tried:
-            raise SearchError(f"no layout: tp {args.tp} does not fit {len(search.devices)} devices")
+            raise SearchError(_no_layout(args.tp or TPS, len(search.devices), heads, kv_heads))
         verdicts = search.verdicts(tried, best, tell=_tell)
     except SearchError as error:
         raise InputError(f"{unit.name}: {error}") from None
@@ -53,6 +53,15 @@ def run(args: argparse.Namespace) -> int:
         writing.console(width=100).print(_table(verdicts))
         print(_sentence(verdicts, best, search))
     return 0 if verdicts[0].goodput_per_s else 1
+
+
+def _no_layout(tps: Sequence[int], devices: int, heads: int, kv_heads: int) -> str:
+    listed = ", ".join(map(str, tps))
+    fits = [tp for tp in range(1, devices + 1) if not heads % tp and not kv_heads % tp]
+    return (
+        f"no layout: tp {listed} on {devices} devices, with {heads} heads and {kv_heads} KV heads; "
+        f"what does: {', '.join(map(str, fits)) or 'none'}"
+    )
 
 
 def _tell(line: str) -> None:
@@ -118,7 +127,7 @@ def _table(verdicts: Sequence[Verdict]) -> Any:
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in COLUMNS:
-        justify: Any = "left" if title in ("layout", "why") else "right"
+        justify: Any = "left" if title in (COLUMNS[0], COLUMNS[-1]) else "right"
         shown.add_column(title, justify=justify, no_wrap=title != COLUMNS[-1])
     for verdict in verdicts[:_SHOWN_ROWS]:
         reached = verdict.goodput_per_s

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sagec import language
 from sagec.cli import main
+from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
 from sagec.runtime.request import Request
 from sagec.runtime.strategies import create
@@ -115,6 +118,59 @@ def test_a_promise_that_nobody_can_keep_is_told_without_a_simulation(
     assert verdict.why.startswith(said)
 
 
+def placed_of(instances: str, tmp_path: Path) -> tuple[Placed, ...]:
+    """Instances of the file's model; devices: slow (a10), fast (h100)."""
+    begin, end = FILE.index("cluster"), FILE.index("serve")
+    devices = "device slow kind a10 device fast kind h100"
+    text = f"{FILE[:begin]}cluster box {{ {devices} {instances} }} {FILE[end:]}"
+    program = language.parse(text.replace("{promises}", ""), str(tmp_path / "box.sage"))
+    return topology_of(language.lower(program)).instances
+
+
+LATE = Target(ttft_us=10**9, tpot_us=10**9)
+
+
+def test_a_slow_instance_beside_a_fast_one_does_not_rule_a_layout_out(tmp_path: Path) -> None:
+    slow, fast = placed_of(
+        "instance a on slow engine sim block 32 instance b on fast engine sim block 32", tmp_path
+    )
+    prompt = 3000
+    alone_us = [float(one.cost.prefill_us(0, prompt)) for one in (slow, fast)]
+    assert alone_us[0] > alone_us[1]
+    target = Target(ttft_us=int(sum(alone_us) / 2), tpot_us=10**9)
+    load = Load((prompt,) * 4, (9,) * 4, (0, 1, 2, 3))
+    assert load.bound([slow, fast], target)[0] > 0
+    rate, why = load.bound([slow], target)
+    assert rate == 0.0
+    assert why.endswith("ms alone on a")
+
+
+def test_a_long_prompt_beyond_the_share_that_is_asked_for_rules_nothing_out(tmp_path: Path) -> None:
+    (one,) = placed_of("instance a on fast engine sim block 32", tmp_path)
+    target = Target(int(one.cost.prefill_us(0, 200)), tpot_us=10**9, attained=0.5)
+    assert Load((100, 7000), (9, 9), (0, 1)).bound([one], target)[0] > 0
+
+
+def test_the_bound_lets_decodes_hide_behind_prompts_and_counts_no_decode_of_a_first_token(
+    tmp_path: Path,
+) -> None:
+    (one,) = placed_of("instance a on fast engine sim block 32", tmp_path)
+    prefill_us = float(one.cost.prefill_us(0, 1000))
+    rate, _ = Load((1000,) * 4, (1,) * 4, (0, 1, 2, 3)).bound(
+        [one], dataclasses.replace(LATE, tpot_us=1)
+    )
+    assert rate == pytest.approx(1e6 / prefill_us / LATE.attained)
+    rate, _ = Load((1000,) * 4, (41,) * 4, (0, 1, 2, 3)).bound([one], LATE)
+    arithmetic_us = prefill_us + 40 * float(one.cost.prefill_us(1020, 1021))
+    assert rate <= 1e6 / arithmetic_us / LATE.attained * (1 + 1e-9)
+    contexts = np.arange(1, one.max_batch + 1) * 1020.0
+    batches = contexts / 1020
+    decodes_us = 40 * float(
+        (one.cost.step_us(batches, contexts, contexts, batches) / batches).min()
+    )
+    assert rate >= 1e6 / (prefill_us + decodes_us) / LATE.attained
+
+
 @given(rate=st.floats(0.01, 1e4))
 def test_requests_come_at_the_rate_that_is_asked(rate: float) -> None:
     asked = [
@@ -139,7 +195,16 @@ def test_a_workload_that_is_repeated_goes_on_at_its_own_pace() -> None:
     ("promises", "words", "said"),
     [
         ("", [], "the requests are not all promised one ttft; say --ttft-ms, or ttft at serve"),
-        (PROMISES, ["--tp", "8"], "no layout: tp [8] does not fit 3 devices"),
+        (
+            PROMISES,
+            ["--tp", "8"],
+            "no layout: tp 8 on 3 devices, with 16 heads and 8 KV heads; what does: 1, 2",
+        ),
+        (
+            PROMISES,
+            ["--tp", "3"],
+            "no layout: tp 3 on 3 devices, with 16 heads and 8 KV heads; what does: 1, 2",
+        ),
     ],
 )
 def test_a_search_that_cannot_begin_says_why_in_one_line(

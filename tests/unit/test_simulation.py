@@ -135,7 +135,10 @@ def test_broken_lines_of_a_trace_are_refused_or_counted(
     out, err = capsys.readouterr()
     assert json.loads(out)["total"]["requests"] == 2
     place = f"{tmp_path / 'trace.csv'}:3:1"
-    assert err == f"2 lines skipped; the first: {place}: '2023' is no TIMESTAMP\n"
+    said = f"2 lines skipped; the first: {place}: '2023' is no TIMESTAMP\n"
+    assert err == said
+    assert main(["compile", skipped]) == 0
+    assert capsys.readouterr().err == said
 
 
 def test_a_trace_shares_prefixes_as_it_was_recorded_though_tokens_are_only_counted(

@@ -159,6 +159,7 @@ def test_where_points_are_too_few_to_keep_half_back_the_table_says_so() -> None:
         (["examples/chat.sage", "--repeats", "0"], 2, "'0' is no whole number from 1 on"),
         (["{tmp}/sim.sage"], 1, "engine 'sim' cannot be measured; what can: torch, turbomind"),
         (["{tmp}/none.sage"], 1, "No such file or directory"),
+        (["{tmp}/shape.sage"], 1, "instance @i: model @tiny has no weights to compute with; model"),
         (["{tmp}/small.sage"], 1, "a fit needs 3 at least"),
     ],
 )
@@ -179,6 +180,10 @@ def test_what_cannot_be_measured_is_one_line(
             f'model tiny from "{TINY}"\ncluster c {{ device d kind cpu; instance i on d {setting} '
             'block 4 }\nserve on c { request "r" tokens 2 generate 1 }\n'
         )
+    shape = "layers 2 hidden 64 heads 4 kv_heads 2 ffn 128 vocab 1000"
+    text = (tmp_path / "small.sage").read_text("utf-8")
+    drawn = text.replace(f'model tiny from "{TINY}"', f"model tiny {{ {shape} }}")
+    (tmp_path / "shape.sage").write_text(drawn.replace("kv_blocks 1 ", "kv_blocks 64 "), "utf-8")
     argv = [word.replace("{tmp}", str(tmp_path)) for word in argv]
     assert main(["profile", *argv]) == code
     err = capsys.readouterr().err

@@ -6,6 +6,7 @@ The graph of FILE goes through a pipeline and is lowered; `--emit` says what is 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     spec.passes(pipeline, UNIVERSE.all_passes)
     compiler = Compiler()
     unit = compiler.read(args.file)
+    for note in unit.notes:
+        print(note, file=sys.stderr)
     with writing.working(f"compiling {unit.name}"):
         compiler.optimize(unit.module, pipeline)
         text = _emitted(compiler, unit.module, args.emit, args.output)

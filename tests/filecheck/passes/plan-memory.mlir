@@ -111,3 +111,19 @@ exec.graph @large {phase = "decode", model = "m", instance = "i", tp = 2} {
   %n, %s = exec.norm %hidden -> !exec.tensor<[100000, 8], bf16, @g0>, !exec.tensor<[100000, 8], bf16, @g0>
   exec.yield %n
 }
+
+// -----
+
+// A KV head that ranks share is whole on each of them.
+// CHECK: error: exec.graph @shared_head: 3.052 MiB of activations beside 0.0007935 MiB of weights and
+// CHECK-SAME: 7.812 MiB of KV do not fit @g0's 9.537 MiB: 1.328 MiB too many
+cluster.model @m {layers = 1, hidden = 8, heads = 2, kv_heads = 1, head_dim = 4, ffn = 16, vocab = 16}
+cluster.device @g0 {memory_bytes = 10000000}
+cluster.device @g1 like @g0
+cluster.instance @i on [@g0, @g1] engine "sim" role both model @m {tp = 2, kv_blocks = 32000, block_tokens = 16}
+exec.graph @shared_head {phase = "decode", model = "m", instance = "i", tp = 2} {
+  %tokens = exec.input -> !exec.tensor<[100000], i32, @g0>
+  %hidden = exec.embedding %tokens -> !exec.tensor<[100000, 8], bf16, @g0>
+  %n, %s = exec.norm %hidden -> !exec.tensor<[100000, 8], bf16, @g0>, !exec.tensor<[100000, 8], bf16, @g0>
+  exec.yield %n
+}
