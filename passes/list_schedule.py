@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from sagec.dialects import exec as ex
 
 Rank = tuple[int, int, int]
-"""Layer, micro-batch, and a number of its own: which of several ops that could begin goes first."""
+"""Which of several ops that could begin goes first: what the pass goes by (as the layer, or a place
+by the critical path), then the micro-batch, of which 0 is what KV loads go behind, then a number of
+its own."""
 
 _Stream = tuple[str, str]
 

@@ -17,6 +17,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -221,8 +222,8 @@ def read_fit(text: str) -> Fit:
         raise ValueError(f"no fit: {error}") from None
 
 
-def _read_curve(values: Mapping[str, object]) -> Curve:
+def _read_curve(values: Mapping[str, Any]) -> Curve:
     knots, slopes = values["knots"], values["slopes"]
     if not isinstance(knots, list) or not isinstance(slopes, list):
         raise TypeError("knots and slopes are lists")
-    return Curve(float(values["begin_us"]), tuple(map(float, knots)), tuple(map(float, slopes)))  # type: ignore[arg-type]
+    return Curve(float(values["begin_us"]), tuple(map(float, knots)), tuple(map(float, slopes)))

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,11 @@ def _check_point(point: Point, place: str) -> None:
         raise ProfileError(f"{place}: a step that computes nothing")
 
 
-def _made(kind: Callable[..., Any], values: object, place: str) -> Any:
+def _made(kind: type[Shape | Point | Profile], values: object, place: str) -> Any:
     """A dataclass of JSON values. Raises ProfileError for a field that is missing or of no use."""
     if not isinstance(values, Mapping):
         raise ProfileError(f"{place}: an object is wanted, not {values!r}")
-    wanted = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    wanted = {field.name: field for field in fields(kind)}
     for name, value in values.items():
         if (field := wanted.get(name)) is None:
             raise ProfileError(f"{place}: no field {name!r}; there are: {', '.join(wanted)}")

@@ -189,7 +189,8 @@ class Simulated:
         return rows
 
     def links(self) -> list[dict[str, Any]]:
-        """A row for each link that KV went over: bytes, and its mean use of the bandwidth."""
+        """A row for each direction of a link that KV went over: bytes, and its mean use of the
+        bandwidth."""
         rows = []
         for name, moves in self._moves_by_link().items():
             num_bytes = sum(move.num_bytes for move, _ in moves)
@@ -201,8 +202,8 @@ class Simulated:
     def series(self, bins: int = BINS) -> dict[str, dict[str, list[float]]]:
         """Figures over time, each a list of `bins` means, and the times at which they stand (s).
 
-        queue: requests that wait, and that run. kv: share of each instance's blocks. links: share
-        of each link's bandwidth.
+        queue: requests that wait, and that run. kv: share of each instance's blocks. links:
+        hand-overs under way on each link.
         """
         meter, (begin_us, end_us) = self.meter, self.span_us
         over = functools.partial(mean_over, begin_us=begin_us, end_us=end_us, bins=bins)
@@ -228,13 +229,16 @@ class Simulated:
         }
 
     def _moves_by_link(self) -> dict[str, list[tuple[Any, float]]]:
-        """The moves over each link, each with the link's bandwidth."""
+        """The moves over each direction of a link, each with the link's bandwidth."""
         found: dict[str, list[tuple[Any, float]]] = defaultdict(list)
         by_name = self.topology.by_name
         for move in self.meter.moves:
             path = self.topology.path(by_name[move.source], by_name[move.target])
-            for link in path.links if path is not None else ():
-                found[" - ".join(link.ends)].append((move, link.bytes_per_s))
+            if path is not None:
+                for here, there, link in zip(
+                    path.places, path.places[1:], path.links, strict=False
+                ):
+                    found[f"{here} to {there}"].append((move, link.bytes_per_s))
         return dict(found)
 
     def _flops(self, name: str) -> float:

@@ -70,7 +70,7 @@ def test_every_layout_fits_and_leaves_no_room_for_one_instance_more(
 def test_nobody_is_better_than_its_bound_and_who_was_left_out_could_not_have_won(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = written(tmp_path)
+    file = written(tmp_path, "ttft 3s tpot 50ms")
     found = searched(capsys, file, "--limit", "24", "--best", "1", "--chunk", "512")
     simulated = [one for one in found if one["goodput_per_s"] is not None]
     left_out = [one for one in found if one["goodput_per_s"] is None]

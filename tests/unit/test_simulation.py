@@ -29,6 +29,7 @@ REQUESTS = """{
   request "c" tokens 700 generate 1 arrives 5ms
 }
 """
+LINKS = {"one": [], "apart": ["g0 to g2", "g1 to g2"]}
 CASES = {"one": (ONE, "hybrid chunk 128"), "apart": (APART, "strict chunk 256")}
 
 
@@ -62,6 +63,8 @@ def test_every_token_is_counted_where_it_is_computed(
     assert moved == result["total"]["kv_moved_bytes"]
     assert (moved > 0) == (case == "apart")
     assert sum(link["bytes"] for link in result["links"]) == moved
+    assert all(0 < link["use"] <= 1 for link in result["links"])
+    assert [link["link"] for link in result["links"]] == LINKS[case]
 
 
 @pytest.mark.parametrize("case", CASES)

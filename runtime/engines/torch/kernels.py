@@ -136,7 +136,8 @@ class TorchKernels:
 
     def _by_head(self, states: torch.Tensor) -> torch.Tensor:
         """[T, n * head_dim] -> [T, n, head_dim]."""
-        return states.unflatten(1, (-1, self._config.head_dim))
+        head_dim = self._config.head_dim  # -1 would say nothing where there are no rows
+        return states.view(len(states), states.shape[1] // head_dim, head_dim)
 
     def _attend_bucket(
         self, queries: torch.Tensor, kv: torch.Tensor, bucket: Bucket
