@@ -34,7 +34,8 @@ REACHED = "reaches its bound; more requests a trial (--limit) may tell what brea
 """Why no more, where each trial went well: a short one ends before queues grow."""
 
 PROMISES, MOST_TIMES = 4, 4
-"""A trial lasts so many times as long as a request may take, with so many times the requests."""
+"""A trial lasts as long as so many requests, one after the other, may take; it has so many times the
+least requests at most."""
 
 _KEPT = ("block", "budget", "max_batch", "kv_dtype", "dtype", "options", "model")
 """Settings of the file's own instances that a layout's instances have too."""
@@ -152,12 +153,16 @@ class Search:
         requests: Sequence[Request],
         make_strategy: Callable[[], Strategy],
         target: Target,
+        trial_requests: int = 0,
     ) -> None:
-        """Raises SearchError where the cluster's instances have several models, or none."""
+        """trial_requests: in a trial at least; 0: as many as are given.
+
+        Raises SearchError where the cluster's instances have several models, or none."""
         self._program, self._make_strategy, self._target = program, make_strategy, target
         self._requests = [
             replace(request, ttft_us=target.ttft_us, tpot_us=target.tpot_us) for request in requests
         ]
+        self._trial_requests = max(trial_requests, len(requests))
         self._cluster = _cluster_of(program)
         self.devices = [word.text for device in self._cluster.devices for word in device.names]
         self._load = Load.of(self._requests)
@@ -284,8 +289,9 @@ class Search:
         """
         output = sum(self._load.outputs) / len(self._load.outputs)
         promised_s = (self._target.ttft_us + output * self._target.tpot_us) / 1e6
-        count = min(round(PROMISES * promised_s * rate_per_s), MOST_TIMES * len(self._requests))
-        requests = repeated(self._requests, max(count, len(self._requests)))
+        least = self._trial_requests
+        count = min(round(PROMISES * promised_s * rate_per_s), MOST_TIMES * least)
+        requests = repeated(self._requests, max(count, least))
         return Load.of(requests).at_rate(requests, rate_per_s)
 
 

@@ -12,7 +12,7 @@ from sagec.cli import serving, writing
 from sagec.cli.failure import InputError
 from sagec.language.resolution import resolve
 from sagec.runtime.request import Request
-from sagec.search import Search, SearchError, Target, Verdict, layouts, repeated
+from sagec.search import Search, SearchError, Target, Verdict, layouts
 
 TPS = (1, 2, 4, 8)
 CHUNKS = (512, 2048)
@@ -31,12 +31,13 @@ def run(args: argparse.Namespace) -> int:
     serving.strategy_for(unit, args.strategy)
     best = args.best or BEST
     try:
-        requests = repeated(serving.chosen(unit, limit, counted=True), limit)
+        requests = serving.chosen(unit, limit, counted=True)
         search = Search(
             unit.program,
             requests,
             lambda: serving.strategy_for(unit, args.strategy),
             target_of(args, requests),
+            limit,
         )
         heads, kv_heads = _heads(unit.program)
         tried = list(
