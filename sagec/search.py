@@ -34,8 +34,8 @@ REACHED = "reaches its bound; more requests a trial (--limit) may tell what brea
 """Why no more, where each trial went well: a short one ends before queues grow."""
 
 PROMISES, MOST_TIMES = 4, 4
-"""A trial lasts as long as so many requests, one after the other, may take; it has so many times the
-least requests at most."""
+"""A trial lasts as long as so many requests may take, one after the other; it has so many times the
+requests that it has at least."""
 
 _KEPT = ("block", "budget", "max_batch", "kv_dtype", "dtype", "options", "model")
 """Settings of the file's own instances that a layout's instances have too."""
