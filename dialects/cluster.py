@@ -62,6 +62,28 @@ MODEL_SCALARS: Scalars = (
     Scalar("path", "folder of the checkpoint", ""),
 )
 
+DEVICE_FIGURES = ("memory_bytes", "flops_per_s", "bytes_per_s")
+
+
+def _figures(memory_gib: int, flops_per_s: float, bytes_per_s: float) -> dict[str, Value]:
+    return dict(zip(DEVICE_FIGURES, (memory_gib << 30, flops_per_s, bytes_per_s), strict=True))
+
+
+DEVICE_KINDS: dict[str, dict[str, Value]] = {
+    "cpu": _figures(16, 1e12, 2e10),
+    "a10": _figures(24, 1.25e14, 6e11),
+    "a10g": _figures(24, 7e13, 6e11),
+    "a100": _figures(80, 3.12e14, 2.04e12),
+    "b200": _figures(180, 2.25e15, 8e12),
+    "h100": _figures(80, 9.9e14, 3.35e12),
+    "h200": _figures(141, 9.9e14, 4.8e12),
+    "h800": _figures(80, 9.9e14, 3.35e12),
+    "l4": _figures(24, 1.21e14, 3e11),
+    "l40s": _figures(48, 3.62e14, 8.64e11),
+    "mi300x": _figures(192, 1.3e15, 5.3e12),
+}
+"""Class figures of the makers' data sheets: memory, dense bf16 arithmetic, memory bandwidth."""
+
 DEVICE_SCALARS: Scalars = (
     Scalar("kind", "what it is: cpu, h200, a100, ...", "cpu"),
     Scalar("memory_bytes", "memory for weights and KV", 16 << 30, least=1),

@@ -56,9 +56,7 @@ def _topology(ops: list[Operation]) -> Topology:
         if isinstance(op, cluster.ModelOp)
     }
     devices = {
-        name: Device(name=name, **_scalars(op, named))  # type: ignore[arg-type]
-        for name, op in named.items()
-        if isinstance(op, cluster.DeviceOp)
+        name: _device(op, named) for name, op in named.items() if isinstance(op, cluster.DeviceOp)
     }
     instances = [op for op in ops if isinstance(op, cluster.InstanceOp)]
     places = set(devices) | {_name(op) for op in ops if isinstance(op, cluster.SwitchOp)}
@@ -70,6 +68,20 @@ def _topology(ops: list[Operation]) -> Topology:
     )
 
 
+def _device(op: cluster.DeviceOp, named: dict[str, cluster.ModelOp | cluster.DeviceOp]) -> Device:
+    """A device. Raises PassError for an unknown kind whose figures are not said either."""
+    values = _scalars(op, named)
+    said = [name for name in cluster.DEVICE_FIGURES if name in op.properties]
+    is_known = values["kind"] in cluster.DEVICE_KINDS or "like" in op.properties
+    if not is_known and len(said) < len(cluster.DEVICE_FIGURES):
+        raise PassError(
+            f"cluster.device {symbol(op.symbol)}: no device kind {values['kind']!r}; there are: "
+            f"{', '.join(cluster.DEVICE_KINDS)}; or say {', '.join(cluster.DEVICE_FIGURES)}",
+            op,
+        )
+    return Device(name=op.symbol, **values)  # type: ignore[arg-type]
+
+
 def _name(op: cluster.SwitchOp) -> str:
     return str(value_of(op.properties["sym_name"]))
 
@@ -77,7 +89,8 @@ def _name(op: cluster.SwitchOp) -> str:
 def _scalars(
     op: cluster.ModelOp | cluster.DeviceOp, named: dict[str, cluster.ModelOp | cluster.DeviceOp]
 ) -> dict[str, Value]:
-    """All scalars of the op: its own, else those of what it is like, else the defaults."""
+    """All scalars of the op: its own, else its kind's, else those of what it is like, else the
+    defaults."""
     chain = [op]
     while isinstance(like := chain[-1].properties.get("like"), SymbolRefAttr):
         name = like.root_reference.data
@@ -90,6 +103,8 @@ def _scalars(
     values = {scalar.name: scalar.default for scalar in op.SCALARS}
     for link in reversed(chain):
         said = {name: value_of(attr) for name, attr in link.properties.items() if name in values}
+        if isinstance(link, cluster.DeviceOp):
+            values |= cluster.DEVICE_KINDS.get(str(said.get("kind")), {})
         values |= {name: value for name, value in said.items() if value is not None}
     return values
 

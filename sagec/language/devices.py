@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sagec.diagnostics import there_are
+from sagec.dialects.cluster import DEVICE_FIGURES, DEVICE_KINDS
 from sagec.language import syntax
 from sagec.language.errors import Errors
 from sagec.language.models import Scalars, relative_to_source, scalars_of
@@ -14,21 +15,6 @@ from sagec.runtime import profile
 
 MOST_LINKS = 65536
 """That one statement may stand for."""
-
-# Class figures of the makers' data sheets: memory in GiB, dense bf16 arithmetic, memory bandwidth.
-DEVICE_KINDS: dict[str, tuple[int, float, float]] = {
-    "cpu": (16, 1e12, 2e10),
-    "a10": (24, 1.25e14, 6e11),
-    "a10g": (24, 7e13, 6e11),
-    "a100": (80, 3.12e14, 2.04e12),
-    "b200": (180, 2.25e15, 8e12),
-    "h100": (80, 9.9e14, 3.35e12),
-    "h200": (141, 9.9e14, 4.8e12),
-    "h800": (80, 9.9e14, 3.35e12),
-    "l4": (24, 1.21e14, 3e11),
-    "l40s": (48, 3.62e14, 8.64e11),
-    "mi300x": (192, 1.3e15, 5.3e12),
-}
 
 
 @dataclass(frozen=True)
@@ -59,11 +45,10 @@ def resolve_devices(device: syntax.Device, errors: Errors) -> list[Device]:
     """The devices of a statement, each with the figures of its kind and its own."""
     said = scalars_of(device.settings)
     kind = str(said.get("kind", "cpu"))
-    needed = ("memory_bytes", "flops_per_s", "bytes_per_s")
     scalars: Scalars = {"kind": kind}
     if (known := DEVICE_KINDS.get(kind)) is not None:
-        scalars |= {needed[0]: known[0] << 30, needed[1]: known[1], needed[2]: known[2]}
-    elif not all(name in said for name in needed):
+        scalars |= known
+    elif not all(name in said for name in DEVICE_FIGURES):
         hint = f"{there_are(kind, DEVICE_KINDS)}; or say memory, flops and bandwidth"
         errors.at(device.settings["kind"], f"no device kind '{kind}'", hint)
     scalars |= said

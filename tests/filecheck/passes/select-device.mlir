@@ -567,3 +567,19 @@ pd.graph @no_cluster {
   %end = pd.decode %kv
   pd.yield %end
 }
+
+// -----
+
+// A kind whose figures nobody knows cannot be reckoned with.
+// CHECK: error: cluster.device @g0: no device kind 'moon'
+// CHECK: there are: cpu, a10, {{.*}}; or say memory_bytes, flops_per_s, bytes_per_s
+
+cluster.model @small {layers = 4, hidden = 256, heads = 8, kv_heads = 2, head_dim = 32, ffn = 688, vocab = 1024}
+cluster.device @g0 {kind = "moon"}
+cluster.instance @i0 on [@g0] engine "sim" role both model @small {kv_blocks = 40}
+pd.graph @on_the_moon {
+  %new = pd.requests ["a": prompt 100 generate 8]
+  %kv = pd.prefill %new
+  %end = pd.decode %kv
+  pd.yield %end
+}
