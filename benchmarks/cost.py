@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tables
 
-from sagec.language.devices import DEVICE_KINDS
+from sagec.dialects.cluster import DEVICE_KINDS
 from sagec.passes.topology import Model
 from sagec.runtime import engines, profile
 from sagec.runtime.cost import StepCost
@@ -153,8 +153,9 @@ def results(case: Case) -> Iterator[Result]:
     for form in ("fit", "line"):
         yield from _off(case, form, profile.fit_of(given, straight=form == "line"), asked)
     if case.shape is not None and (kind := DEVICE_KINDS.get(case.device.lower())):
-        yield from _off(case, "roofline", roofline(case.shape, kind), steady)
-        yield from _off(case, "operators", Operators(case.shape, Device(*kind[1:])), steady)
+        device = Device(float(kind["flops_per_s"]), float(kind["bytes_per_s"]))
+        yield from _off(case, "roofline", roofline(case.shape, device), steady)
+        yield from _off(case, "operators", Operators(case.shape, device), steady)
 
 
 def _off(case: Case, form: str, cost: Any, points: Sequence[Point]) -> Iterator[Result]:
@@ -174,7 +175,7 @@ def _off(case: Case, form: str, cost: Any, points: Sequence[Point]) -> Iterator[
             )
 
 
-def roofline(shape: Shape, kind: tuple[int, float, float]) -> StepCost:
+def roofline(shape: Shape, device: Device) -> StepCost:
     """The closed form that passes use where nothing was measured."""
     model = Model(name="", max_context=1, path="", **asdict(shape))
     return StepCost(
@@ -182,8 +183,8 @@ def roofline(shape: Shape, kind: tuple[int, float, float]) -> StepCost:
         flops_per_pair=4.0 * shape.layers * shape.heads * shape.head_dim,
         weight_bytes=model.weight_bytes,
         kv_bytes_per_token=model.kv_bytes_per_token(),
-        flops_per_s=kind[1],
-        bytes_per_s=kind[2],
+        flops_per_s=device.flops_per_s,
+        bytes_per_s=device.bytes_per_s,
     )
 
 

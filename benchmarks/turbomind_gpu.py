@@ -572,7 +572,7 @@ def device_named(card: str, memory_bytes: int) -> str:
     >>> device_named("NVIDIA H100 80GB HBM3", 80 << 30)
     'kind h100 memory 80GiB'
     """
-    from sagec.language.devices import DEVICE_KINDS
+    from sagec.dialects.cluster import DEVICE_KINDS
 
     memory = f"memory {memory_bytes >> 30}GiB"
     words = card.lower().replace("-", " ").split()
