@@ -77,7 +77,13 @@ class ConvertPdToExecPass(ModulePass):
         if not made and (self.step, self.instance) != (None, None):
             asked = {"step": self.step, "instance": self.instance}
             words = " ".join(f"{n}={value}" for n, value in asked.items() if value is not None)
-            raise PassError(f"{self.name}: no graph computes anything at {words}", op)
+            there = ", ".join(
+                f"{symbol(steps.instance_name)} in steps [0, {steps.number('num_steps')})"
+                for graph in graphs(op)
+                for steps in _steps_of(graph)
+            )
+            what = f"{self.name}: no graph computes anything at {words}"
+            raise PassError(f"{what}; there are: {there or 'none'}", op)
 
     def _tier(self) -> Tier | None:
         """What the options say of where KV lies; None: on the device."""

@@ -35,6 +35,7 @@
 // CHECK-NEXT: exec.yield %[[NEXT]]
 // CHECK-NOT: exec.graph
 // ONE: error: convert-pd-to-exec: no graph computes anything at step=1
+// ONE: there are: @x in steps [0, 1)
 cluster.model @m {layers = 1, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 112, vocab = 97}
 cluster.device @g0
 cluster.instance @x on [@g0] engine "sim" role both model @m {kv_blocks = 40}
