@@ -18,7 +18,7 @@ import dataclasses
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -298,7 +298,7 @@ class Loop:
         self._strategy, self._planner, self._clock = strategy, planner, clock
         self._max_attempts = max_attempts
         self._stopwatch_s, self._catch_up = stopwatch_s, catch_up
-        self._fixed = _columns(self.instances)
+        self._fixed = columns_of(self.instances)
         self._index = {instance.id: i for i, instance in enumerate(self.instances)}
         self._alive = np.ones(len(self.instances), bool)
         self._returning = np.zeros(len(self.instances), bool)
@@ -458,16 +458,7 @@ class Loop:
         self._changed()
         if request.timeout_us is not None:
             self._note_timeout(serving, request.arrival_us + request.timeout_us)
-        if not request.prompt:
-            self._finish(serving, FinishReason.REJECTED, "an empty prompt; give one token at least")
-        elif request.max_output_tokens is not None and request.max_output_tokens < 1:
-            limit = request.max_output_tokens
-            self._finish(serving, FinishReason.REJECTED, f"max_output_tokens {limit}: 1 or more")
-        elif request.timeout_us is not None and request.timeout_us < 1:
-            detail = f"timeout_us {request.timeout_us}: 1 or more"
-            self._finish(serving, FinishReason.REJECTED, detail)
-        elif model not in (models := sorted({i.model for i in self.instances})):
-            detail = f"no model {model!r}; there are: {', '.join(models)}"
+        if detail := refusal_of(request, model, {i.model for i in self.instances}):
             self._finish(serving, FinishReason.REJECTED, detail)
         else:
             self._directory.wait(serving.row, request)
@@ -966,6 +957,19 @@ class Loop:
             self._finish(serving, FinishReason.FAILED, detail)
 
 
+def refusal_of(request: Request, model: str, models: Collection[str]) -> str:
+    """Why a request, which means this model, cannot be served as it asks; "" where it can."""
+    if not request.prompt:
+        return "an empty prompt; give one token at least"
+    if (limit := request.max_output_tokens) is not None and limit < 1:
+        return f"max_output_tokens {limit}: 1 or more"
+    if request.timeout_us is not None and request.timeout_us < 1:
+        return f"timeout_us {request.timeout_us}: 1 or more"
+    if model not in models:
+        return f"no model {model!r}; there are: {', '.join(sorted(models))}"
+    return ""
+
+
 def nothing_after(plan_id: str, instance: str) -> ExecutionPlan:
     """A plan that supersedes another and does nothing: its requests stay where they are."""
     return ExecutionPlan(
@@ -1003,7 +1007,7 @@ def _is_ending(plan: ExecutionPlan, step: int) -> bool:
     return plan.num_steps > 2 * LEAD_STEPS and step + 1 >= plan.num_steps - LEAD_STEPS
 
 
-def _columns(instances: Sequence[Instance]) -> Instances:
+def columns_of(instances: Sequence[Instance]) -> Instances:
     """What never changes of the instances, as columns; the rest at its defaults."""
     capabilities = [instance.capability for instance in instances]
     return Instances.of(

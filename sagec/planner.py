@@ -150,7 +150,8 @@ class CompilingPlanner:
 class DirectFirstPlanner:
     """Plans without the compiler where that gives the same plans, and with it where not.
 
-    fallbacks: how many rounds went to the compiler, by the reason why; planned: how many did not.
+    direct: None where only the compiler knows the cluster or the pipeline. fallbacks: how many
+    rounds went to the compiler, by the reason why; planned: how many did not.
     Rounds that are refused go to the compiler too, which says why.
     """
 
@@ -158,7 +159,7 @@ class DirectFirstPlanner:
         self.compiler = compiler
         self.fallbacks: Counter[str] = Counter()
         self.planned = 0
-        self._direct = direct_planner_of(compiler)
+        self.direct = direct_planner_of(compiler)
 
     @property
     def builder(self) -> IRBuilder:
@@ -172,11 +173,11 @@ class DirectFirstPlanner:
 
     def plan(self, state: State, decision: Decision) -> list[ExecutionPlan]:
         """The plans of a round, one for each instance with work. Raises PassError."""
-        if self._direct is None:
+        if self.direct is None:
             self.fallbacks["a cluster or a pipeline that only the compiler knows"] += 1
             return self.compiler.plan(state, decision)
         try:
-            plans = self._direct.plan(state, decision)
+            plans = self.direct.plan(state, decision)
         except NotCovered as why:
             self.fallbacks[str(why)] += 1
             return self.compiler.plan(state, decision)

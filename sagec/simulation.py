@@ -7,7 +7,7 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,16 @@ from xdsl.dialects.builtin import ModuleOp
 
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import Topology, topology_of
-from sagec.planner import member_of, put_on
+from sagec.planner import DirectFirstPlanner, member_of, put_on
+from sagec.runtime import native
 from sagec.runtime.clock import VirtualClock
+from sagec.runtime.compiled import Unbuilt
 from sagec.runtime.engines import InstanceSpec
 from sagec.runtime.engines.sim.cluster import SimCluster
 from sagec.runtime.engines.sim.network import Network
 from sagec.runtime.engines.sim.outages import Outage
 from sagec.runtime.executor import ExecutorAPI
-from sagec.runtime.loop import Finished, Planner
+from sagec.runtime.loop import Finished, Instance, Planner
 from sagec.runtime.meter import Meter, mean_over, share_over
 from sagec.runtime.report import RequestReport, was_served_well
 from sagec.runtime.request import FinishReason, Request
@@ -35,6 +37,12 @@ BINS = 120
 
 QUANTILES = (50, 90, 95, 99)
 
+CORES = ("auto", "python", "native")
+"""What simulates: the loop of real engines, the same in C++, or that where it can."""
+
+WORTH_COMPILING = 1000
+"""Requests from which on the native core is built where it is not there."""
+
 WELL = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -44,35 +52,86 @@ def simulate(
     strategy: Strategy,
     planner: Planner,
     outages: Sequence[Outage] = (),
+    core: str = "auto",
 ) -> Simulated:
     """Serve the requests on the module's instances, each of them simulated.
 
     The module's instances become simulated ones: what they compute is what the cost model says,
-    and their KV shares the cluster's links. Raises EngineError where an instance cannot be
-    simulated, OutageError where the schedule of failures makes no sense.
+    and their KV shares the cluster's links. core: one of CORES; all say the same. Raises
+    EngineError where an instance cannot be simulated, OutageError where the schedule of failures
+    makes no sense; and for the native core NotCovered, and Unbuilt where there is no compiler.
     """
+    if core not in CORES:
+        raise ValueError(f"no core {core!r}; there are: {', '.join(CORES)}")
     caches = {placed.name: cache_options(placed) for placed in topology_of(module).instances}
     put_on(module, "sim")
     topology = topology_of(module)
     specs = [simulated_spec(placed, caches[placed.name]) for placed in topology.instances]
-    simulated = SimCluster(specs, VirtualClock(), Network.of(topology), outages)
-    engines = simulated.engines
-    members = [member_of(placed, engines[placed.name]) for placed in topology.instances]
-    meter = Meter([placed.name for placed in topology.instances])
-    executor = ExecutorAPI(
-        engines, members, simulated.clock, watch=[meter.hear], restart=simulated.restart
-    )
-    begin_s = time.perf_counter()
-    outputs = executor.serve(requests, strategy, planner)
-    ended = [output for output in outputs if isinstance(output, Finished)]
+    cluster = SimCluster(specs, VirtualClock(), Network.of(topology), outages)
+    members = [member_of(placed, cluster.engines[placed.name]) for placed in topology.instances]
+    asked = _Asked(requests, strategy, planner, members, cluster)
+    served = None if core == "python" else _natively(asked, must=core == "native")
+    ended, meter, wall_s = served or _in_python(asked)
     return Simulated(
         topology=topology,
         strategy=strategy.name,
         requests={request.id: request for request in requests},
         ended=ended,
         meter=meter,
-        wall_s=time.perf_counter() - begin_s,
+        wall_s=wall_s,
+        core="python" if served is None else "native",
     )
+
+
+class _Asked(NamedTuple):
+    """A run to be simulated."""
+
+    requests: Sequence[Request]
+    strategy: Strategy
+    planner: Planner
+    members: Sequence[Instance]
+    cluster: SimCluster
+
+
+_Served = tuple[list[Finished], Meter, float]
+"""Ends, what was used, and how long it took to simulate."""
+
+
+def _natively(asked: _Asked, must: bool) -> _Served | None:
+    """The run in C++; None where it is not for that, unless it must be.
+
+    A few requests do not wait for a compiler.
+    """
+    if not must and len(asked.requests) < WORTH_COMPILING and not native.is_built():
+        return None
+    try:
+        if asked.cluster.outages:
+            raise native.NotCovered("instances that fail")
+        served = native.serve(
+            asked.requests,
+            asked.strategy,
+            asked.planner,
+            asked.planner.direct if isinstance(asked.planner, DirectFirstPlanner) else None,
+            asked.cluster.specs,
+            asked.members,
+            asked.cluster.network,
+        )
+    except (native.NotCovered, Unbuilt):
+        if must:
+            raise
+        return None
+    return served.ended, served.meter, served.wall_s
+
+
+def _in_python(asked: _Asked) -> _Served:
+    cluster, meter = asked.cluster, Meter([spec.id for spec in asked.cluster.specs])
+    executor = ExecutorAPI(
+        cluster.engines, asked.members, cluster.clock, watch=[meter.hear], restart=cluster.restart
+    )
+    begin_s = time.perf_counter()
+    outputs = executor.serve(asked.requests, asked.strategy, asked.planner)
+    ended = [output for output in outputs if isinstance(output, Finished)]
+    return ended, meter, time.perf_counter() - begin_s
 
 
 def simulated_spec(placed: Placed, more: dict[str, str]) -> InstanceSpec:
@@ -83,7 +142,7 @@ def simulated_spec(placed: Placed, more: dict[str, str]) -> InstanceSpec:
         model="",
         kv_blocks=placed.kv_blocks,
         block_tokens=placed.block_tokens,
-        options=placed.cost.to_options() | more,
+        options=placed.cost.to_options() | {"round_us": repr(placed.round_us)} | more,
     )
 
 
@@ -98,7 +157,8 @@ def cache_options(placed: Placed) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """What a simulation came to. wall_s: how long it took to simulate; all else is simulated."""
+    """What a simulation came to. wall_s: how long it took to simulate, core: who did; all else is
+    simulated."""
 
     topology: Topology
     strategy: str
@@ -106,6 +166,7 @@ class Simulated:
     ended: Sequence[Finished]
     meter: Meter
     wall_s: float
+    core: str = "python"
 
     @functools.cached_property
     def reports(self) -> list[RequestReport]:
@@ -243,8 +304,8 @@ class Simulated:
 
     def _flops(self, name: str) -> float:
         use, model = self.meter.instances[name], self.topology.by_name[name].model
-        pair_flops = 4.0 * model.layers * model.heads * model.head_dim
-        return use.tokens * model.flops_per_token + use.pairs * pair_flops
+        flops = use.tokens * model.flops_per_token + use.pairs * model.flops_per_pair
+        return flops + use.sampled_tokens * model.head_flops_per_token
 
     def _peak_flops_per_s(self, name: str) -> float:
         return sum(device.flops_per_s for device in self.topology.by_name[name].devices)

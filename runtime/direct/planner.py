@@ -47,8 +47,12 @@ class DirectPlanner:
             raise NotCovered("a strict round, and an instance of both roles")
         fresh = place(asked, cluster)
         bounds = self._say_prefills(asked, fresh, cluster)
-        ops = _with_decode(asked, fresh, cluster)
         horizon = decision.horizon_steps or self.horizon
+        splitter = Splitter(cluster, asked.residents, fresh, bounds, horizon)
+        works = splitter.works(asked.turns)
+        for left in splitter.left:
+            asked.preempt(left.at, cluster.names[left.at], left.names, left.because)
+        ops = _with_decode(asked, fresh, cluster, splitter.kept)
         target = Target(
             name=f"round_{state.round}",
             round=state.round,
@@ -57,7 +61,6 @@ class DirectPlanner:
             cluster=cluster,
             gone=asked.gone,
         )
-        works = list(Splitter(cluster, asked.residents, fresh, bounds, horizon).works(asked.turns))
         _check_adapters(asked.waves, works, cluster)
         order = Order(mode, TURN, horizon, decision.step_prompt_tokens)
         return _without_idle(_plans(works, order, target), state)
@@ -123,8 +126,11 @@ def _joined_lists(parts: Sequence[Lists]) -> Lists:
 _NO_LISTS = Lists(np.zeros(1, np.int64), np.zeros(0, np.int64))
 
 
-def _with_decode(asked: Asked, fresh: Fresh | None, cluster: Cluster) -> list[bytes]:
-    """The ops of the digest, with those that take all rows."""
+def _with_decode(
+    asked: Asked, fresh: Fresh | None, cluster: Cluster, kept: Ints | None
+) -> list[bytes]:
+    """The ops of the digest, with those that take all rows; kept: residents that stay, where some
+    leave."""
     columns: list[Coded] = []
     residents = asked.residents
     if residents is not None:
@@ -139,8 +145,11 @@ def _with_decode(asked: Asked, fresh: Fresh | None, cluster: Cluster) -> list[by
         else:
             columns.append(Words(("",) if "decode_on" not in wave.said else (), at))
     if columns:
-        on = digest.of_words(joined_words(columns))
-        asked.ops.append(digest.of_op("pd.decode", {"on": on}))
+        on = joined_words(columns)
+        if kept is not None and residents is not None:
+            others = np.arange(len(residents.names), len(on.codes))
+            on = Words(on.words, on.codes[np.concatenate([kept, others])])
+        asked.ops.append(digest.of_op("pd.decode", {"on": digest.of_words(on)}))
     if len(columns) > 1:
         asked.ops.append(digest.of_op("pd.join", {}))
     return asked.ops

@@ -53,11 +53,49 @@ class Model:
         return parameters * _DTYPE_BYTES[self.dtype]
 
     @functools.cached_property
+    def expert_bytes(self) -> float:
+        """Of all weights those of experts, in all layers; 0 where the model is dense."""
+        _, ffn = self._layer_parameters
+        return self.layers * ffn * self.experts * _DTYPE_BYTES[self.dtype]
+
+    @functools.cached_property
     def flops_per_token(self) -> float:
-        """Operations of the weights for one token: two a parameter that it passes."""
+        """Operations of the layers' weights for one token: two a parameter that it passes."""
         attention, ffn = self._layer_parameters
         active = self.experts_per_token if self.experts else 1
-        return 2.0 * (self.layers * (attention + ffn * active) + self.vocab * self.hidden)
+        return 2.0 * (self.layers * (attention + ffn * active))
+
+    @functools.cached_property
+    def head_flops_per_token(self) -> float:
+        """Operations of the last projection for one token that samples."""
+        return 2.0 * self.vocab * self.hidden
+
+    @functools.cached_property
+    def flops_per_pair(self) -> float:
+        """Operations of a token's attention to one other, in all layers."""
+        return 4.0 * self.layers * self.heads * self.head_dim
+
+    def cost(
+        self,
+        flops_per_s: float,
+        bytes_per_s: float,
+        kv_dtype: str = "auto",
+        fit: Fit | None = None,
+    ) -> StepCost:
+        """The time of its steps on devices that do so much together."""
+        return StepCost(
+            flops_per_token=self.flops_per_token,
+            flops_per_pair=self.flops_per_pair,
+            weight_bytes=self.weight_bytes - self.expert_bytes,
+            kv_bytes_per_token=self.kv_bytes_per_token(kv_dtype),
+            flops_per_s=flops_per_s,
+            bytes_per_s=bytes_per_s,
+            head_flops_per_token=self.head_flops_per_token,
+            expert_bytes=self.expert_bytes,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            fit=fit,
+        )
 
     def shape_in(self, dtype: str) -> Shape:
         """What a profile must have been measured of; auto: in the model's own type."""
@@ -72,7 +110,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """A device; see `cluster.device`."""
+    """A device; see `cluster.device`. says_kind: whether its kind is said, and not the default."""
 
     name: str
     kind: str
@@ -80,6 +118,7 @@ class Device:
     flops_per_s: float
     bytes_per_s: float
     profile: str = ""
+    says_kind: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,24 +166,33 @@ class Instance:
 
         Raises ProfileError for one that cannot be read, or is of something else.
         """
-        return StepCost(
-            flops_per_token=self.model.flops_per_token,
-            flops_per_pair=4.0 * self.model.layers * self.model.heads * self.model.head_dim,
-            weight_bytes=self.model.weight_bytes,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            flops_per_s=sum(device.flops_per_s for device in self.devices),
-            bytes_per_s=sum(device.bytes_per_s for device in self.devices),
-            fit=self._fit(),
-        )
+        flops_per_s = sum(device.flops_per_s for device in self.devices)
+        bytes_per_s = sum(device.bytes_per_s for device in self.devices)
+        return self.model.cost(flops_per_s, bytes_per_s, self.kv_dtype, self._fit())
+
+    @functools.cached_property
+    def round_us(self) -> float:
+        """What planning takes between two of its steps, as the profile says; 0 without one.
+
+        Raises ProfileError as `cost` does.
+        """
+        path = self._profile_path()
+        return profile.read(path).round_us if path else 0.0
 
     def _fit(self) -> Fit | None:
+        if not (path := self._profile_path()):
+            return None
+        shape = self.model.shape_in(self.dtype)
+        kinds = [device.kind for device in self.devices if device.says_kind]
+        return profile.read(path).fit_for(shape, self.tp, self.pp, path, kinds)
+
+    def _profile_path(self) -> str:
+        """Of its devices; "" where they have none."""
         paths = dict.fromkeys(device.profile for device in self.devices)
         if len(paths) > 1:
             named = ", ".join(repr(path) for path in paths)
             raise ProfileError(f"profiles {named} of its devices; all need the same one")
-        if not (path := next(iter(paths), "")):
-            return None
-        return profile.read(path).fit_for(self.model.shape_in(self.dtype), self.tp, self.pp, path)
+        return next(iter(paths), "")
 
 
 @dataclass(frozen=True, eq=False)

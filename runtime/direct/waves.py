@@ -15,7 +15,7 @@ import numpy as np
 from sagec.runtime.direct import digest
 from sagec.runtime.direct.cluster import Cluster
 from sagec.runtime.direct.columns import Bools, Coded, Ints, Words, same, words_in_order, zeros
-from sagec.runtime.plan import SWAP
+from sagec.runtime.plan import RECOMPUTE, SWAP
 from sagec.runtime.state import ADMIT, ANY, REJECT, UNBOUNDED, Decision, Running, State, Waiting
 
 _ADMITTED, _DEFERRED, _REJECTED, _PREEMPTED, _SWAPPED = range(5)
@@ -41,6 +41,16 @@ class Residents:
     context: Ints
     remaining: Ints
     arriving: Bools | None
+
+    def some(self, rows: Ints) -> Residents:
+        """These rows."""
+        return Residents(
+            names=tuple([self.names[row] for row in rows.tolist()]),
+            at=self.at[rows],
+            context=self.context[rows],
+            remaining=self.remaining[rows],
+            arriving=None if self.arriving is None else self.arriving[rows],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +89,18 @@ class Asked:
     gone: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
     turns: dict[int, int] = field(default_factory=dict)
     ops: list[bytes] = field(default_factory=list)
+
+    def preempt(self, at: int, name: str, ids: tuple[str, ...], because: str) -> None:
+        """Have residents leave the instance `at`, which has this name, as `assign-kv` does."""
+        nothing = zeros(len(ids))
+        said = {
+            "ids": digest.of_names(ids),
+            "verdict": digest.of_numbers(same(_PREEMPTED, len(ids))),
+            "on": digest.of_words(Words((name,), nothing)),
+            "because": digest.of_words(Words((because,), nothing)),
+        }
+        self.ops.append(digest.of_op("pd.preempt", said))
+        self.gone.setdefault(at, []).extend((one, RECOMPUTE) for one in ids)
 
 
 def read(state: State, decision: Decision, cluster: Cluster) -> Asked:

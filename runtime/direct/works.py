@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +32,27 @@ class Moves:
     us: Ints
 
 
+@dataclass(frozen=True)
+class Left:
+    """Residents of an instance that must leave it, for want of blocks."""
+
+    at: int
+    names: tuple[str, ...]
+    because: str
+
+    @classmethod
+    def of(cls, work: Work, victims: Ints) -> Left:
+        """These rows of the work; the words are those of `assign-kv`."""
+        needed, there = int(work.blocks.sum()), work.instance.kv_blocks
+        names = tuple([work.names[row] for row in victims.tolist()])
+        return cls(work.instance.index, names, f"KV: {needed} blocks needed, {there} there")
+
+
 class Splitter:
     """Parts the rows of a round by instance.
 
-    bounds: chunks of the fresh rows. tokens: that rows decode within the horizon.
+    bounds: chunks of the fresh rows. tokens: that rows decode within the horizon. left: residents
+    that had to leave; kept: the others, by number, None where all are.
     """
 
     def __init__(
@@ -48,25 +64,44 @@ class Splitter:
         horizon: int,
     ) -> None:
         self.cluster, self.residents, self.fresh, self.bounds = cluster, residents, fresh, bounds
+        self.left: list[Left] = []
+        self.kept: Ints | None = None
         if residents is not None:
             self.resident_tokens = np.minimum(residents.remaining, horizon)
         if fresh is not None:
             self.tokens = np.minimum(fresh.generate - 1, horizon)
             self.moves = _moves(fresh, cluster)
 
-    def works(self, turns: dict[int, int]) -> Iterator[Work]:
-        """The work of each instance that has some, in their order.
+    def works(self, turns: dict[int, int]) -> list[Work]:
+        """The work of each instance that has some, in their order, without residents that leave.
 
-        Raises NotCovered where a request can never fit, or residents must leave.
+        Raises NotCovered where a request can never fit.
         """
+        works = []
         for instance in self._busy():
             work = self._work(instance)
             is_full = int(work.blocks.sum()) > instance.kv_blocks
             if is_full:
                 work = within_its_room(work)
             work = in_turn(work, turns.get(instance.index))
-            _check_room(work, is_full)
-            yield work
+            _check_room(work)
+            if is_full and (victims := victims_of(work)).size:
+                self.left.append(Left.of(work, victims))
+            works.append(work)
+        if not self.left:
+            return works
+        self._let_go()
+        busy = self._busy()
+        return [in_turn(within_its_room(self._work(one)), turns.get(one.index)) for one in busy]
+
+    def _let_go(self) -> None:
+        """Go on without the residents that leave."""
+        residents = self.residents
+        assert residents is not None
+        gone = {name for left in self.left for name in left.names}
+        kept = np.array([i for i, name in enumerate(residents.names) if name not in gone], np.int64)
+        self.kept, self.residents = kept, residents.some(kept) if len(kept) else None
+        self.resident_tokens = self.resident_tokens[kept]
 
     def _busy(self) -> list[Instance]:
         instances = self.cluster.instances
@@ -323,11 +358,9 @@ def _arrivals(fresh: Fresh, rows: Ints, cluster: Cluster) -> Ints:
     return arrived
 
 
-def _check_room(work: Work, is_full: bool) -> None:
-    """Raise NotCovered for a request that can never fit, and where residents must leave."""
+def _check_room(work: Work) -> None:
+    """Raise NotCovered for a request that can never fit."""
     instance = work.instance
     room = instance.kv_blocks * instance.block_tokens
     if int(work.prompt.max()) + int(work.generate.max()) > room and work.whole.max() > room:
         raise NotCovered("a request that no empty instance of its size could hold")
-    if is_full and victims_of(work).size:
-        raise NotCovered("residents that must leave, for want of blocks")

@@ -18,17 +18,19 @@ struct PlannedInstance {
     StepCost cost;
 };
 
-// The way of KV from one instance to another. links: numbers, of a link in one direction.
+// The way of KV from one instance to another. links: numbers, of a link in one direction; 2n and
+// 2n + 1 are the two directions of one.
 struct Path {
     i32 source = NOBODY, target = NOBODY;
     double latency_us = 0, bytes_per_s = 1;
     std::vector<i32> links;
 };
 
-// One model on all instances. hand_overs: [source * instances + target].
+// One model on all instances. paths: from one to another instance that decodes, where `_hop` in
+// runtime/direct/placement.py finds a way. hand_overs: [source * instances + target].
 struct Cluster {
     std::vector<PlannedInstance> instances;
-    std::vector<Path> paths;               // all there are; without one, KV cannot go
+    std::vector<Path> paths;
     std::vector<double> link_bytes_per_s;  // by number
     std::vector<char> hand_overs;          // whether KV surely may go; see Cluster.hands_over
 };

@@ -23,13 +23,15 @@ struct NotCovered : std::runtime_error {
 
 enum class Mode : i32 { strict, time_share, hybrid };
 
-// A request as a client sent it. hashes: of the whole blocks of its prompt, where caches are on.
+// A request as a client sent it. hashes: of the whole blocks of its prompt, where caches are on, as
+// dense numbers. hashes_given: by its client; resumed, it has no others.
 struct Request {
     i64 prompt_tokens = 0;
     i64 max_output_tokens = UNBOUNDED;
     i64 arrival_us = 0;
     const i64* hashes = nullptr;
     i64 num_hashes = 0;
+    bool hashes_given = false;
 };
 
 // A request as an instance is sent it: its output so far is part of the prompt.
@@ -71,7 +73,9 @@ struct Handle {
 
 // What an instance says; which fields count depends on `kind`.
 struct Event {
-    enum Kind : i32 { stepped, exported, imported, cached, preempted, plan_done, cancelled, failed };
+    enum Kind : i32 {
+        stepped, exported, imported, cached, preempted, plan_done, cancelled, failed
+    };
     struct Chunk { i32 request; i64 begin, end; };
     struct Advance { i32 request; i64 first, count; };  // tokens, by their index in the output
     struct Reuse { i32 request; i64 tokens; };

@@ -134,5 +134,11 @@ def _bounded(waiting: Waiting, rows: Ints) -> Ints:
 
 def _too_long(waiting: Waiting, row: int, room_tokens: int) -> str:
     prompt, generate = int(waiting.prompt_tokens[row]), int(waiting.generate_tokens[row])
-    output = "" if generate == UNBOUNDED else f" and {generate} to generate"
-    return f"{prompt} prompt tokens{output} fit no instance: the largest holds {room_tokens} tokens"
+    return too_long(prompt, generate, room_tokens)
+
+
+def too_long(prompt_tokens: int, generate_tokens: int, room_tokens: int) -> str:
+    """Why a request is rejected of which the largest instance holds only so many tokens."""
+    output = "" if generate_tokens == UNBOUNDED else f" and {generate_tokens} to generate"
+    fits = f"{prompt_tokens} prompt tokens{output} fit no instance"
+    return f"{fits}: the largest holds {room_tokens} tokens"

@@ -12,7 +12,9 @@ from sagec import charts
 from sagec.cli import serving, writing
 from sagec.cli.failure import InputError, UsageError
 from sagec.passes.topology import topology_of
+from sagec.runtime.compiled import Unbuilt
 from sagec.runtime.engines.sim.outages import Outage, OutageError
+from sagec.runtime.native import NotCovered
 from sagec.runtime.report import RequestReport
 from sagec.runtime.request import Request
 from sagec.simulation import Simulated, simulate
@@ -75,9 +77,13 @@ def _simulated(
     planner = compiler.planner(unit.module, horizon=args.horizon)
     outages = [Outage(instance=n, fail_at_us=at, back_at_us=back) for n, at, back in args.fail]
     try:
-        return simulate(unit.module, requests, strategy, planner, outages)
+        return simulate(unit.module, requests, strategy, planner, outages, args.core)
     except OutageError as error:
         raise UsageError(f"--fail: {error}") from None
+    except NotCovered as why:
+        raise UsageError(f"--core native: not covered: {why}; --core auto falls back") from None
+    except Unbuilt as why:
+        raise UsageError(f"--core native: {why}") from None
 
 
 def _check_folder(folder: str) -> None:
@@ -219,5 +225,6 @@ def _sentence(result: dict[str, Any], simulated: Simulated, name: str) -> str:
         f"{total['duration_s']:.3f} simulated s, {total['served_well']} served well "
         f"({total['goodput_per_s']} /s); TTFT ms p50 {ttft.get('p50', '-')} p99 "
         f"{ttft.get('p99', '-')}; TPOT ms p50 {tpot.get('p50', '-')} p99 {tpot.get('p99', '-')}; "
-        f"MFU {total['mfu']:.4f}; {total['rounds']} rounds; simulated at {speed:.0f} requests/s"
+        f"MFU {total['mfu']:.4f}; {total['rounds']} rounds; simulated at {speed:.0f} requests/s "
+        f"({simulated.core} core)"
     )

@@ -24,7 +24,7 @@ class SimCluster:
         Raises EngineError where an option is wrong, OutageError where the schedule is.
         """
         check(outages, [spec.id for spec in specs])
-        self._specs = {spec.id: spec for spec in specs}
+        self.specs = tuple(specs)
         self.clock, self.outages = clock, tuple(outages)
         self.network = network or Network()
         self.engines: dict[str, Engine] = {
@@ -41,4 +41,5 @@ class SimCluster:
         back_us = max(past, key=lambda outage: outage.fail_at_us).back_at_us
         if back_us is None:
             raise EngineError(f"instance {name!r} never comes back, as its schedule says")
-        return SimEngine(self._specs[name], self.clock, self.network, self.outages, back_us)
+        spec = next(spec for spec in self.specs if spec.id == name)
+        return SimEngine(spec, self.clock, self.network, self.outages, back_us)
