@@ -24,7 +24,7 @@ from sagec.passes.topology import Model
 from sagec.runtime import engines, profile
 from sagec.runtime.cost import StepCost
 from sagec.runtime.engines import InstanceSpec
-from sagec.runtime.profile import Point, Shape
+from sagec.runtime.profile import Point, ProfileError, Shape
 from sagec.runtime.roofline import Device
 from sagec.runtime.step_timer import Grid, StepTimer
 
@@ -45,6 +45,9 @@ the times of decodes, which therefore are no decodes'."""
 
 UNSTEADY = 0.2
 """A measured step whose interquartile range is more of its median says too little to be asked."""
+
+REPEATS = 15
+"""Of each step of the torch engine: more than a profile has, for neighbours disturb them here."""
 
 DISTSERVE_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DISTSERVE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
@@ -149,7 +152,8 @@ def here(grid: Grid) -> Case:
 def results(case: Case) -> Iterator[Result]:
     """Of a case, each cost model with each kind of step."""
     steady = [point for point in case.points if point.spread_us <= UNSTEADY * point.us]
-    given, asked = profile.halved(steady)
+    given, asked = profile.halved(case.points)
+    asked = [point for point in asked if point in steady]
     for form in ("fit", "line"):
         yield from _off(case, form, profile.fit_of(given, straight=form == "line"), asked)
     if case.shape is not None and (kind := DEVICE_KINDS.get(case.device.lower())):
@@ -178,14 +182,7 @@ def _off(case: Case, form: str, cost: Any, points: Sequence[Point]) -> Iterator[
 def roofline(shape: Shape, device: Device) -> StepCost:
     """The closed form that passes use where nothing was measured."""
     model = Model(name="", max_context=1, path="", **asdict(shape))
-    return StepCost(
-        flops_per_token=model.flops_per_token,
-        flops_per_pair=4.0 * shape.layers * shape.heads * shape.head_dim,
-        weight_bytes=model.weight_bytes,
-        kv_bytes_per_token=model.kv_bytes_per_token(),
-        flops_per_s=device.flops_per_s,
-        bytes_per_s=device.bytes_per_s,
-    )
+    return model.cost(device.flops_per_s, device.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -232,13 +229,13 @@ def markdown(where: dict[str, Any], found: Sequence[Result]) -> str:
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """All there are, of what the command line asks for."""
-    yield from aegaeon()
-    yield from distserve()
     if args.profile:
         read = profile.read(str(args.profile))
         yield Case(args.profile.stem, f"{read.engine}, {read.device}", read.points)
-    elif args.engine:
-        yield here(Grid.quick() if args.quick else Grid())
+    yield from aegaeon()
+    yield from distserve()
+    if args.engine and not args.profile:
+        yield here(Grid.quick() if args.quick else replace(Grid(), repeats=REPEATS))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -249,7 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-engine", dest="engine", action="store_false", help="no torch engine")
     parser.add_argument("--quick", action="store_true", help="a coarse grid of the torch engine")
     args = parser.parse_args(argv)
-    found = [result for case in cases(args) for result in results(case)]
+    try:
+        found = [result for case in cases(args) for result in results(case)]
+    except ProfileError as error:
+        parser.exit(1, f"error: {error}\n")
     where = tables.machine()
     text = markdown(where, found)
     tables.show(text)

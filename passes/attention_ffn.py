@@ -112,7 +112,7 @@ class _Parting:
 
     def __init__(self, graph: ex.ExecGraphOp, pool: Pool, topology: Topology, count: int) -> None:
         self.graph, self.pool, self.topology, self.count = graph, pool, topology, count
-        self.costs = ScaledCosts(topology, len(pool.devices))
+        self.costs = ScaledCosts(topology, graph)
         self.parts: dict[SSAValue, list[SSAValue | None]] = {}
         self.joined: dict[SSAValue, SSAValue] = {}
         self.moved: dict[tuple[SSAValue, str], SSAValue] = {}
@@ -245,8 +245,8 @@ class _Parting:
         assert isinstance(like.type, ex.TensorType)
         tensor = ex.tensor_of(like)
         moved = 2.0 * tensor.num_bytes
-        us = self.costs.device(tensor.device).operator_us(0.0, moved)
-        op = ex.ConcatOp.of(parts, [like.type], time_us=round(us, 3), bytes=moved)
+        us = round(self.costs.operator_us(_maker(like), 0.0, moved), 3)
+        op = ex.ConcatOp.of(parts, [like.type], time_us=us, bytes=moved)
         self._put(op)
         op.whole.name_hint = like.name_hint
         return op.whole

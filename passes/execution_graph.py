@@ -99,6 +99,14 @@ class CriticalPath:
     us: float
 
 
+def turn_of(op: ex.OperatorOp) -> object | None:
+    """What a message takes turns on: those of a group over one stream follow each other in the
+    order of the text, on every device of the group. None: no such message."""
+    if isinstance(op, ex.CollectiveOp):
+        return op.device, op.stream_name, op.group
+    return None
+
+
 class ExecutionGraph:
     """A step's operators, or some of them, and what can be said of them without running them.
 
@@ -191,11 +199,17 @@ class ExecutionGraph:
         return tuple(order)
 
     def critical_path(self) -> CriticalPath:
-        """What no number of streams makes faster: the longest way along `edges`."""
+        """What no number of streams makes faster: the longest way along `edges`, and from message
+        to message, for a group of devices sends one at a time; see `turn_of`."""
         until: dict[OpNode, float] = {}
         came_from: dict[OpNode, OpNode | None] = {}
+        sent: dict[object, OpNode] = {}
         for node in self.topological_order():
-            last = max(self._before[node], key=until.__getitem__, default=None)
+            before, turn = list(self._before[node]), turn_of(node.op)
+            before += [sent[turn]] if turn in sent else []
+            if turn is not None:
+                sent[turn] = node
+            last = max(before, key=until.__getitem__, default=None)
             came_from[node] = last
             until[node] = node.estimated_us + (0.0 if last is None else until[last])
         here = max(self.nodes, key=lambda node: until[node], default=None)
@@ -329,28 +343,80 @@ _ATTENTIONS = {OpType.PREFILL_ATTENTION: "prefill", OpType.DECODE_ATTENTION: "de
 
 
 def home_of(value: SSAValue) -> SSAValue:
-    """The value whose memory it is: what `exec.wait` hands on lies where it was made."""
-    while isinstance(value.owner, ex.WaitOp):
+    """The value whose memory it is: what `exec.wait` hands on lies where it was made, and new KV
+    that goes to the device's cache is columns of what attention takes."""
+    while isinstance(value.owner, ex.WaitOp) or is_column_of_qkv(value):
+        assert isinstance(value.owner, ex.OperatorOp)
         value = value.owner.operands[0]
     return value
+
+
+def is_column_of_qkv(value: SSAValue) -> bool:
+    """Whether it is new KV that is stored, as it was computed, in the device's cache alone, and
+    whose rows begin at bytes of their own."""
+    op = value.owner
+    if not isinstance(op, ex.AttentionOp) or value is not op.results[1]:
+        return False
+    stores = [use.operation for use in value.uses]
+    to_cache = [isinstance(s, ex.KVStoreOp) and s.scalar("tier") == "device" for s in stores]
+    dtype = ex.tensor_of(value).dtype
+    return all(to_cache) and dtype == ex.tensor_of(op.operands[0]).dtype and dtype != "int4"
 
 
 def owns_memory(value: SSAValue) -> bool:
     """Whether the value has memory of its own; see `ExecutionGraph.peak_memory_bytes`."""
     maker = value.owner
     in_cache = isinstance(maker, ex.KVLoadOp) and maker.scalar("tier") == "device"
-    return not in_cache and not isinstance(maker, ex.WaitOp)
+    return not in_cache and home_of(value) is value
 
 
 def scratch_bytes(op: ex.OperatorOp) -> int:
-    """Memory of an op that no value shows: of an ffn gate, up and their product, [tokens, width]
-    each; with experts, of each token once an expert that may compute it here."""
-    if not isinstance(op, ex.FFNOp):
-        return 0
-    tensor = ex.tensor_of(op.normed)
-    experts = min(op.number("experts"), op.number("experts_per_token"))
-    rows = tensor.shape[0] * max(1, experts)
-    return ex.Tensor((rows, 3 * op.number("width")), tensor.dtype, tensor.device).num_bytes
+    """Memory of an op that no value shows, beside its results, as generated torch code needs it.
+
+    An ffn: gate and up, [tokens, width] each, in which their product takes gate's place. Experts
+    compute one after the other; at worst all tokens go to one, which takes them and what it makes
+    of them together. Attention of prompts: see `_attention_bytes`. Collectives: what other ranks
+    send before it is put together along columns, and several tensors as one message.
+    """
+    match op:
+        case ex.FFNOp():
+            (rows, hidden), width = ex.tensor_of(op.normed).shape, op.number("width")
+            return _size_of(op.normed, rows, 2 * width + (hidden if op.number("experts") else 0))
+        case ex.PrefillAttentionOp():
+            return _attention_bytes(op)
+        case ex.AllGatherOp() if op.number("axis"):
+            return sum(ex.tensor_of(whole).num_bytes for whole in op.wholes)
+        case ex.AllReduceOp() if len(op.parts) > 1:
+            return sum(ex.tensor_of(part).num_bytes for part in op.parts)
+    return 0
+
+
+_TILE_KEYS, _TILE_ROWS = 512, ((768, 256), (192, 64), (0, 32))
+"""Of torch's fused attention on a CPU: the keys of a tile, and its queries where there are so many
+at least."""
+
+
+def _attention_bytes(op: ex.PrefillAttentionOp) -> int:
+    """The most that a chunk needs: what it attends, and 4 bytes a head of how sharply; the scores
+    and sums of a tile, in 4 bytes each; where it does not begin its prompt, a copy of all KV before
+    its end, and a mask of its scores."""
+    heads, kv_heads, dim = map(op.number, ("heads", "kv_heads", "head_dim"))
+    most = 0
+    for begin, end in zip(op.column("begin").tolist(), op.column("end").tolist(), strict=True):
+        rows = end - begin
+        tile = min(end, _TILE_KEYS) + 2 + dim
+        needed = _size_of(op.attended, rows, heads * dim) + 4 * rows * heads
+        needed += 4 * tile * next(tall for least, tall in _TILE_ROWS if rows >= least)
+        if begin:
+            needed += _size_of(op.new_kv, end, 2 * kv_heads * dim) + _size_of(op.qkv, rows, end)
+        most = max(most, needed)
+    return most
+
+
+def _size_of(like: SSAValue, *shape: int) -> int:
+    """The bytes of a tensor of this shape and a value's type."""
+    tensor = ex.tensor_of(like)
+    return ex.Tensor(shape, tensor.dtype, tensor.device).num_bytes
 
 
 def _nodes(graph: ex.ExecGraphOp) -> Sequence[OpNode]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from xdsl.ir import SSAValue
 
 from sagec.dialects import exec as ex
-from sagec.passes.execution_graph import ExecutionGraph, scratch_bytes
+from sagec.passes.execution_graph import ExecutionGraph, is_column_of_qkv, scratch_bytes
 
 Ops = int
 """A set of a graph's ops: bit n for the one of number n."""
@@ -65,6 +65,7 @@ def views_of(op: ex.OperatorOp) -> Iterator[View]:
 
     `exec.wait` hands on what it waits for, `exec.slice` rows that lie there, `exec.concat` parts
     that lie one behind the other, and `exec.norm`, where nothing is added, the stream as it was.
+    New KV on its way to the cache is within the rows that attention takes.
     """
     match op:
         case ex.WaitOp():
@@ -78,6 +79,10 @@ def views_of(op: ex.OperatorOp) -> Iterator[View]:
             yield View(op.whole, tuple(zip(op.parts, (-begin for begin in begins), strict=True)))
         case ex.NormOp() if op.added is None:
             yield View(op.sum, ((op.hidden, 0),))
+        case ex.AttentionOp() if is_column_of_qkv(new_kv := op.results[1]):
+            qkv = op.operands[0]
+            before = (op.number("first"), *ex.tensor_of(qkv).shape[1:])
+            yield View(new_kv, ((qkv, _size_like(qkv, before)),))
 
 
 def _rows_are_whole(value: SSAValue) -> bool:

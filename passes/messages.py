@@ -6,7 +6,7 @@ from sagec.dialects import exec as ex
 from sagec.dialects.rows import symbol
 from sagec.passes.errors import PassError
 from sagec.passes.topology import Topology
-from sagec.runtime.roofline import Link
+from sagec.runtime.roofline import Link, ring_of
 
 
 def link_between(topology: Topology, source: str, target: str, op: ex.OperatorOp) -> Link:
@@ -28,18 +28,15 @@ class Rings:
         self._known: dict[tuple[str, ...], Link] = {}
 
     def of(self, op: ex.CollectiveOp) -> Link:
-        """The slowest bandwidth and the longest latency of a ring of the group's devices.
+        """A ring of the group's devices; see `ring_of`.
 
         Raises PassError where a device has no link to the next.
         """
         group = op.group
         if group not in self._known:
-            hops = [
-                link_between(self.topology, here, there, op)
-                for here, there in zip(group, (*group[1:], group[0]), strict=True)
-            ]
-            slowest, longest = min(h.bytes_per_s for h in hops), max(h.latency_us for h in hops)
-            self._known[group] = Link(slowest, longest)
+            self._known[group] = ring_of(
+                group, lambda here, there: link_between(self.topology, here, there, op)
+            )
         return self._known[group]
 
 

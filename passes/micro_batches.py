@@ -16,7 +16,7 @@ from xdsl.ir import Attribute, Operation, SSAValue
 from sagec.dialects import exec as ex
 from sagec.dialects.columns import ColumnAttr
 from sagec.dialects.scalars import int_attr
-from sagec.passes.operator_times import OperatorTimes
+from sagec.passes.scaled_costs import ScaledCosts
 from sagec.passes.streams import shared_groups
 from sagec.passes.topology import Topology
 
@@ -37,7 +37,7 @@ def split_rows(graph: ex.ExecGraphOp, topology: Topology) -> Set[Operation]:
     Raises PassError where a device or link of the graph is not declared.
     """
     rows = _Rows(graph)
-    cutter = _Cutter(graph, rows, rows.cuts(), OperatorTimes(topology))
+    cutter = _Cutter(graph, rows, rows.cuts(), ScaledCosts(topology, graph))
     cutter.run()
     return cutter.second
 
@@ -142,9 +142,9 @@ class _Cutter:
         graph: ex.ExecGraphOp,
         rows: _Rows,
         cuts: dict[Operation, int],
-        times: OperatorTimes,
+        costs: ScaledCosts,
     ) -> None:
-        self.graph, self.rows, self.cuts, self.times = graph, rows, cuts, times
+        self.graph, self.rows, self.cuts, self.costs = graph, rows, cuts, costs
         self.parts: dict[tuple[SSAValue, int], SSAValue] = {}
         self.wholes: dict[SSAValue, SSAValue] = {}
         self.done: dict[Operation, None] = {}
@@ -198,7 +198,7 @@ class _Cutter:
             attributes=op.attributes,
             location=op.location,
         )
-        made.properties |= self.times.of_part(op, made)
+        made.properties |= self.costs.of(op, made)
         self._insert(made, op)
         if half:
             self.second.add(made)
@@ -264,7 +264,7 @@ class _Cutter:
         maker = value.owner
         assert isinstance(maker, ex.OperatorOp) and isinstance(value.type, ex.TensorType)
         moved = 2.0 * value.type.data.num_bytes
-        us = self.times.operator_us(maker, 0.0, moved)
+        us = round(self.costs.operator_us(maker, 0.0, moved), 3)
         made = ex.ConcatOp.of(
             parts, [value.type], layer=maker.layer_number, time_us=us, bytes=moved
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class PlanMemoryPass(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         if self.alignment_bytes < 1:
-            raise PassError(f"alignment_bytes={self.alignment_bytes}; it must be 1 or more")
+            raise PassError(
+                f"{self.name}: alignment_bytes={self.alignment_bytes}; it must be 1 or more"
+            )
         for graph in exec_graphs(op):
             plan = plan_memory(graph, self.alignment_bytes)
             _check_room(graph, plan, topology_of(op))
@@ -93,7 +96,7 @@ class PlanMemoryPass(ModulePass):
 
 
 def plan_memory(graph: ex.ExecGraphOp, alignment_bytes: int = 256) -> MemoryPlan:
-    """A plan for a graph: the better of two greedy ones and of the one that it has already."""
+    """A plan for a graph: the best of some greedy ones and of the one that it has already."""
     lifetimes = Lifetimes(graph)
     buffers = Buffers(lifetimes)
     old = planned_offsets(graph)
@@ -104,7 +107,8 @@ def plan_memory(graph: ex.ExecGraphOp, alignment_bytes: int = 256) -> MemoryPlan
     for device in buffers.devices:
         mine = buffers.of(device)
         sizes = {buffer: _aligned(buffer.num_bytes, alignment_bytes) for buffer in mine}
-        found = _offsets(mine, _placed(mine, sizes, lifetimes))
+        live = _live_bytes(mine, lifetimes)
+        found = _offsets(mine, _placed(mine, sizes, lifetimes, live))
         peak = _extent(found)
         kept = {space: old[space] for space in found if space in old}
         aligned = not any(old.get(b.members[0].space, 0) % alignment_bytes for b in mine)
@@ -112,7 +116,7 @@ def plan_memory(graph: ex.ExecGraphOp, alignment_bytes: int = 256) -> MemoryPlan
             found, peak = kept, _extent(kept)
         offsets |= found
         naive = sum(_aligned(bytes_of(space), alignment_bytes) for space in found)
-        arenas.append(Arena(device, peak, _live_bytes(mine, lifetimes), naive))
+        arenas.append(Arena(device, peak, live, naive))
     return MemoryPlan(offsets, tuple(arenas))
 
 
@@ -145,17 +149,44 @@ def _offsets(buffers: Sequence[Buffer], begins: Mapping[Buffer, int]) -> dict[Sp
 
 
 def _placed(
-    buffers: Sequence[Buffer], sizes: Mapping[Buffer, int], lifetimes: Lifetimes
+    buffers: Sequence[Buffer], sizes: Mapping[Buffer, int], lifetimes: Lifetimes, least_bytes: int
 ) -> dict[Buffer, int]:
-    """Where each buffer begins: largest first, or in the order of time, whichever ends lower."""
+    """Where each buffer begins: largest first, or what is largest and longest there, or in the
+    order of time, whichever ends lowest; least_bytes: what no plan can do without."""
     beside: dict[Buffer, list[Buffer]] = {buffer: [] for buffer in buffers}
     for early, late in itertools.combinations(buffers, 2):
         if not lifetimes.gone(early.touching, late.made):
             beside[early].append(late)
             beside[late].append(early)
     by_size = sorted(buffers, key=lambda buffer: (-sizes[buffer], buffer.made))
-    plans = [_best_fit(order, sizes, beside) for order in (by_size, buffers)]
-    return min(plans, key=lambda begins: max(map(_reach, begins.items()), default=0))
+    by_area = sorted(buffers, key=lambda b: b.num_bytes * (b.made - b.touching.bit_length()))
+    best, best_peak = dict.fromkeys(buffers, 0), math.inf
+    for order in (by_size, by_area, buffers):
+        for begins in _plans(order, sizes, beside):
+            if (peak := max(map(_reach, begins.items()))) < best_peak:
+                best, best_peak = begins, peak
+            if best_peak <= least_bytes:
+                return best
+    return best
+
+
+def _plans(
+    order: Sequence[Buffer],
+    sizes: Mapping[Buffer, int],
+    beside: Mapping[Buffer, Sequence[Buffer]],
+) -> Iterator[dict[Buffer, int]]:
+    """The plan of an order, then of the order with the buffer first that ended last, and so on."""
+    order = list(order)
+    for _ in range(_ROUNDS):
+        begins = _best_fit(order, sizes, beside)
+        yield begins
+        last = max(begins.items(), key=_reach)[0]
+        order.remove(last)
+        order.insert(0, last)
+
+
+_ROUNDS = 8
+"""Plans of an order; where one is a little too large, it nearly always takes fewer to mend it."""
 
 
 def _reach(placed: tuple[Buffer, int]) -> int:

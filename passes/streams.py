@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Operation, SSAValue
 
 from sagec.dialects import exec as ex
-from sagec.passes.execution_graph import ExecutionGraph
+from sagec.passes.execution_graph import ExecutionGraph, turn_of
 
 ROUNDING = 1e-9
 """The share of a time by which another order of summation may change it."""
@@ -129,40 +129,58 @@ def in_step(before: Iterable[Operation], after: Iterable[Operation]) -> bool:
 
 
 class Stopwatch:
-    """Makespans of a graph and of its rewrites: what is known of an op is read once.
+    """Times of a graph and of its rewrites: what is known of an op is read once.
 
-    It says what `ExecutionGraph.makespan_us` says, for passes that ask again and again; of replicas
-    that exchange tokens it asks there.
+    It says what `ExecutionGraph` says, for passes that ask again and again; of replicas that
+    exchange tokens it asks there.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Operation, tuple[tuple[str, str], float]] = {}
+        self._us: dict[Operation, float] = {}
+        self._streams: dict[Operation, object] = {}
+        self._turns: dict[Operation, object | None] = {}
         self._channels: dict[Operation, int] = {}
         self._exchanges: bool | None = None  # whether lanes wait for each other's messages
 
     def makespan_us(self, graph: ex.ExecGraphOp) -> float:
         """How long the step takes, streams beside each other."""
+        if self._exchange(graph):
+            return ExecutionGraph(graph).makespan_us()
+        return self._last_us(graph, self._streams)
+
+    def critical_path_us(self, graph: ex.ExecGraphOp) -> float:
+        """What no number of streams makes faster."""
+        if self._exchange(graph):
+            return ExecutionGraph(graph).critical_path().us
+        return self._last_us(graph, self._turns)
+
+    def _exchange(self, graph: ex.ExecGraphOp) -> bool:
         if self._exchanges is None:
             self._exchanges = bool(shared_groups(graph))
-        if self._exchanges:
-            return ExecutionGraph(graph).makespan_us()
-        free: defaultdict[tuple[str, str], float] = defaultdict(float)
+        return self._exchanges
+
+    def _last_us(self, graph: ex.ExecGraphOp, turns: Mapping[Operation, object | None]) -> float:
+        """When the last op ends, where those of one turn follow each other."""
+        free: defaultdict[object, float] = defaultdict(float)
         there: dict[Operation, float] = {}
         sent: dict[int, float] = {}
         for op in graph.operators:
-            if op not in self._known:
+            if op not in self._us:
                 self._read(op)
-            stream, us = self._known[op]
-            begins = [free[stream], *[there[value.owner] for value in op.operands]]  # type: ignore[index]
+            begins = [there[value.owner] for value in op.operands]  # type: ignore[index]
             if isinstance(op, ex.RecvOp):
                 begins.append(sent[self._channels[op]])
-            there[op] = free[stream] = max(begins) + us
+            if (turn := turns[op]) is not None:
+                begins.append(free[turn])
+            there[op] = free[turn] = max(begins, default=0.0) + self._us[op]
             if isinstance(op, ex.SendOp):
                 sent[self._channels[op]] = there[op]
         return max(there.values(), default=0.0)
 
     def _read(self, op: ex.OperatorOp) -> None:
-        self._known[op] = (op.device, op.stream_name), op.estimated_us
+        self._us[op] = op.estimated_us
+        self._streams[op] = op.device, op.stream_name
+        self._turns[op] = turn_of(op)
         if isinstance(op, ex.SendOp | ex.RecvOp):
             self._channels[op] = op.number("channel")
 

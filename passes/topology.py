@@ -79,7 +79,8 @@ def _device(op: cluster.DeviceOp, named: dict[str, cluster.ModelOp | cluster.Dev
             f"{', '.join(cluster.DEVICE_KINDS)}; or say {', '.join(cluster.DEVICE_FIGURES)}",
             op,
         )
-    return Device(name=op.symbol, **values)  # type: ignore[arg-type]
+    says_kind = any("kind" in link.properties for link in _chain(op, named))
+    return Device(name=op.symbol, says_kind=says_kind, **values)  # type: ignore[arg-type]
 
 
 def _name(op: cluster.SwitchOp) -> str:
@@ -91,6 +92,19 @@ def _scalars(
 ) -> dict[str, Value]:
     """All scalars of the op: its own, else its kind's, else those of what it is like, else the
     defaults."""
+    values = {scalar.name: scalar.default for scalar in op.SCALARS}
+    for link in reversed(_chain(op, named)):
+        said = {name: value_of(attr) for name, attr in link.properties.items() if name in values}
+        if isinstance(link, cluster.DeviceOp):
+            values |= cluster.DEVICE_KINDS.get(str(said.get("kind")), {})
+        values |= {name: value for name, value in said.items() if value is not None}
+    return values
+
+
+def _chain(
+    op: cluster.ModelOp | cluster.DeviceOp, named: dict[str, cluster.ModelOp | cluster.DeviceOp]
+) -> list[cluster.ModelOp | cluster.DeviceOp]:
+    """The op, what it is like, and so on. Raises PassError where that is none of its kind."""
     chain = [op]
     while isinstance(like := chain[-1].properties.get("like"), SymbolRefAttr):
         name = like.root_reference.data
@@ -100,13 +114,7 @@ def _scalars(
                 f"{op.name} {symbol(op.symbol)} is like {symbol(name)}, which is none", op
             )
         chain.append(other)
-    values = {scalar.name: scalar.default for scalar in op.SCALARS}
-    for link in reversed(chain):
-        said = {name: value_of(attr) for name, attr in link.properties.items() if name in values}
-        if isinstance(link, cluster.DeviceOp):
-            values |= cluster.DEVICE_KINDS.get(str(said.get("kind")), {})
-        values |= {name: value for name, value in said.items() if value is not None}
-    return values
+    return chain
 
 
 def _instance(

@@ -1,9 +1,10 @@
 """What a step costs, in closed form: fitted to measured steps, else the roofline of a model.
 
-The roofline: a step computes some tokens. Each passes through all weights (two operations a
-parameter) and attends to the tokens before it; weights are read once a step, and so is the KV of
-each request that decodes. The time is the larger of arithmetic and memory traffic at the peak of
-the devices, and a fixed overhead. Tensor parallelism divides both by the ranks.
+The roofline: a step computes some tokens. Each passes through the weights (two operations a
+parameter) and attends to the tokens before it; those that sample pass through the last projection,
+too. Weights are read once a step, of experts those that a token goes to, and so is the KV of each
+request that decodes. The time is the larger of arithmetic and memory traffic at the peak of the
+devices, and a fixed overhead. Tensor parallelism divides both by the ranks.
 
 A fit knows nothing of operations and bytes: see `Fit`. `sagec.runtime.profile` makes it of measured
 steps. Microseconds; arrays welcome everywhere.
@@ -26,6 +27,38 @@ Floats = npt.NDArray[np.float64]
 
 STEP_OVERHEAD_US = 100.0
 """Launches, sampling and bookkeeping of a step, where nothing was measured."""
+
+MOST_SHARES = 1 << 16
+"""Numbers of tokens of which `expert_shares` knows the share; no step has more."""
+
+
+@functools.cache
+def expert_shares(experts: float, experts_per_token: float) -> tuple[float, ...]:
+    """Of 0 tokens, 1, 2, ...: the share of a layer's experts that one of them goes to, on average.
+
+    It is 1 - (1 - k/E)^tokens, where each token goes to k of E experts, all as likely. By repeated
+    multiplication, so that whoever does the same gets the same to the bit. The last share holds for
+    all more tokens, too. Where nobody says how many experts there are, all are read.
+
+    >>> expert_shares(8, 2)[:4]
+    (0.0, 0.25, 0.4375, 0.578125)
+    """
+    if not experts:
+        return (1.0,)
+    missed, shares = 1.0, [0.0]
+    others = 1.0 - min(1.0, experts_per_token / experts)
+    while len(shares) < MOST_SHARES:
+        missed *= others
+        if (share := 1.0 - missed) == shares[-1]:
+            break
+        shares.append(share)
+    return tuple(shares)
+
+
+def experts_read(experts: float, experts_per_token: float, tokens: int) -> float:
+    """The share of `expert_shares` at so many tokens."""
+    shares = expert_shares(experts, experts_per_token)
+    return shares[min(tokens, len(shares) - 1)]
 
 
 @dataclass(frozen=True)
@@ -123,9 +156,12 @@ class Fit:
 class StepCost:
     """The time of a step of one instance, from the numbers of its model and devices.
 
-    flops_per_token: of the weights. flops_per_pair: attention of one token to one other, in all
-    layers. flops_per_s, bytes_per_s: of all ranks together. fit: what steps were measured to take;
-    where there is one, it alone counts.
+    flops_per_token: of the weights but the last projection; head_flops_per_token: of this, which
+    computes the rows that sample: the decodes, and one of the prompts if there are any.
+    flops_per_pair: attention of one token to one other, in all layers. weight_bytes: all but the
+    experts, expert_bytes: these, in all layers. experts, experts_per_token: of a layer.
+    flops_per_s, bytes_per_s: of all ranks together. fit: what steps were measured to take; where
+    there is one, it alone counts.
     """
 
     flops_per_token: float
@@ -135,7 +171,15 @@ class StepCost:
     flops_per_s: float
     bytes_per_s: float
     overhead_us: float = STEP_OVERHEAD_US
+    head_flops_per_token: float = 0.0
+    expert_bytes: float = 0.0
+    experts: float = 0
+    experts_per_token: float = 0
     fit: Fit | None = None
+
+    @functools.cached_property
+    def _expert_shares(self) -> Floats:
+        return np.array(expert_shares(self.experts, self.experts_per_token))
 
     def step_us(
         self,
@@ -156,7 +200,12 @@ class StepCost:
             columns = (tokens, pairs, context_tokens, decodes)
             return self.fit.each(*(np.asarray(column, np.float64) for column in columns))
         flops = np.multiply(tokens, self.flops_per_token) + np.multiply(pairs, self.flops_per_pair)
+        sampled = np.add(decodes, np.greater(tokens, decodes))
+        flops = flops + sampled * self.head_flops_per_token
         moved = self.weight_bytes + np.multiply(context_tokens, self.kv_bytes_per_token)
+        if self.expert_bytes:
+            known = np.minimum(tokens, len(self._expert_shares) - 1).astype(np.int64)
+            moved = moved + self._expert_shares[known] * self.expert_bytes
         return self.overhead_us + 1e6 * np.maximum(
             flops / self.flops_per_s, moved / self.bytes_per_s
         )
@@ -164,15 +213,22 @@ class StepCost:
     def one_step_us(
         self, tokens: int, pairs: float, context_tokens: float, decodes: int = 0
     ) -> float:
-        """`step_us` of plain numbers, without numpy's overhead."""
+        """`step_us` of plain numbers, to the same bit, without numpy's overhead."""
         if self.fit is not None:
             return self.fit.one(tokens, pairs, context_tokens, decodes)
         flops = tokens * self.flops_per_token + pairs * self.flops_per_pair
+        flops += (decodes + (tokens > decodes)) * self.head_flops_per_token
         moved = self.weight_bytes + context_tokens * self.kv_bytes_per_token
+        if self.expert_bytes:
+            share = experts_read(self.experts, self.experts_per_token, tokens)
+            moved += share * self.expert_bytes
         return self.overhead_us + 1e6 * max(flops / self.flops_per_s, moved / self.bytes_per_s)
 
     def prefill_us(self, begin: npt.ArrayLike, end: npt.ArrayLike) -> Floats:
-        """The prompt tokens [begin, end) alone: what they add to a step."""
+        """The prompt tokens [begin, end) alone: what they add to a step that has prompts.
+
+        Without what a step does once, whatever its prompts: it reads weights, and samples a row.
+        """
         begin, end = np.asarray(begin, np.float64), np.asarray(end, np.float64)
         pairs = (end * (end + 1) - begin * (begin + 1)) / 2
         if self.fit is not None:
@@ -182,11 +238,15 @@ class StepCost:
         return np.asarray(1e6 * flops / self.flops_per_s)
 
     def decode_us(self, context_tokens: npt.ArrayLike) -> Floats:
-        """What a request of `context_tokens` tokens of KV adds to a decode step."""
+        """What a request of `context_tokens` tokens of KV adds to a decode step.
+
+        Without the weights, and the experts that no other token goes to.
+        """
         context = np.asarray(context_tokens, np.float64)
         if self.fit is not None:
             return np.asarray(self.fit.decode.mean_slope + context * self.fit.context_us)
-        flops = (self.flops_per_token + context * self.flops_per_pair) / self.flops_per_s
+        each = self.flops_per_token + self.head_flops_per_token
+        flops = (each + context * self.flops_per_pair) / self.flops_per_s
         moved = context * self.kv_bytes_per_token / self.bytes_per_s
         return np.asarray(1e6 * np.maximum(flops, moved))
 

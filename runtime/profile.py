@@ -9,8 +9,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,11 @@ class Point:
 @dataclass(frozen=True)
 class Profile:
     """Measured steps of one model at one parallelism. engine: what computed them; device: the kind;
-    machine: in words, for people."""
+    machine: in words, for people.
+
+    turn_us: what passes between two steps of an engine in the loop's own thread, for the loop to
+    hear of the first; round_us: so much more, where it also makes a plan. See `LoopTimes`.
+    """
 
     engine: str
     device: str
@@ -113,17 +117,29 @@ class Profile:
     tp: int = 1
     pp: int = 1
     machine: str = ""
+    turn_us: float = 0.0
+    round_us: float = 0.0
 
     @functools.cached_property
     def fit(self) -> Fit:
-        """The cost model of its points. Raises ProfileError where they are too few."""
-        return fit_of(self.points)
+        """The cost model of its points, and of the turn of the loop that follows each.
 
-    def fit_for(self, model: Shape, tp: int, pp: int, place: str) -> Fit:
-        """The cost model of that model at that parallelism. place: how a message calls the profile.
-
-        Raises ProfileError where it was measured of another one.
+        Raises ProfileError where the points are too few.
         """
+        return _longer(fit_of(self.points), self.turn_us)
+
+    def fit_for(self, model: Shape, tp: int, pp: int, place: str, kinds: Iterable[str] = ()) -> Fit:
+        """The cost model of that model at that parallelism. place: how a message calls the profile.
+        kinds: of the devices that say one.
+
+        Raises ProfileError where it was measured of another one, or on another kind of device.
+        """
+        for kind in kinds:
+            if kind != self.device:
+                raise ProfileError(
+                    f"{place}: measured on a device of kind {self.device}, not {kind}; measure on "
+                    "this one: sagec profile"
+                )
         for name, here, asked in (("tp", self.tp, tp), ("pp", self.pp, pp)):
             if here != asked:
                 raise ProfileError(f"{place}: measured at {name} {here}, not {asked}; measure that")
@@ -189,6 +205,9 @@ def from_json(values: object) -> Profile:
         _check_point(point, f"points[{i}]")
     model = _made(Shape, values.get("model"), "model")
     found: Profile = _made(Profile, rest | {"model": model, "points": made}, "profile")
+    for name in ("turn_us", "round_us"):
+        if not 0 <= (us := getattr(found, name)) < math.inf:
+            raise ProfileError(f"profile: {name} is {us!r}; a number, 0 or more")
     return found
 
 
@@ -254,6 +273,14 @@ def fit_of(points: Sequence[Point], straight: bool = False) -> Fit:
     return Fit(prefill, pair_us, decode, context_us, _shared_us(alone, points))
 
 
+def _longer(fit: Fit, by_us: float) -> Fit:
+    """The cost model of steps that take so much longer, whatever they compute."""
+    prefill, decode = (
+        replace(curve, begin_us=curve.begin_us + by_us) for curve in (fit.prefill, fit.decode)
+    )
+    return replace(fit, prefill=prefill, decode=decode, shared_us=fit.shared_us + by_us)
+
+
 def _columns(points: Sequence[Point], kind: str) -> Floats:
     """[points of the kind, 5]: what `Point.step` says, and the time."""
     found = [(*point.step, point.us) for point in points if point.kind == kind]
@@ -267,11 +294,14 @@ def _columns(points: Sequence[Point], kind: str) -> Floats:
 def _shared_us(alone: Fit, points: Sequence[Point]) -> float:
     """What a step of both phases saves against a step of each: the median of what was measured.
 
-    At most what the cheaper phase takes with nothing to do; where nothing was measured, that.
+    At most what the cheaper phase takes for a token, so that a step of both takes as long as one
+    of each at least; where nothing was measured, what it takes with nothing to do.
     """
-    most = min(alone.prefill.begin_us, alone.decode.begin_us)
+    most = min(alone.prefill.one(1), alone.decode.one(1))
     saved = [alone.one(*point.step) - point.us for point in points if point.kind == "mixed"]
-    return float(np.clip(np.median(saved), 0.0, most)) if saved else most
+    if not saved:
+        return min(alone.prefill.begin_us, alone.decode.begin_us)
+    return float(np.clip(np.median(saved), 0.0, most))
 
 
 def _doublings(counts: Floats) -> Knots:

@@ -10,6 +10,7 @@ rate r that large operators reach is a share of the data sheet's peak; see `SUST
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SUSTAINED_FLOPS = 0.7
@@ -84,3 +85,10 @@ class Link:
         1010.0
         """
         return 2 * self.all_gather_us(num_bytes, ranks)
+
+
+def ring_of(members: Sequence[str], link_between: Callable[[str, str], Link]) -> Link:
+    """A ring's hops as one link: the slowest bandwidth, and the longest latency."""
+    nexts = (*members[1:], members[0])
+    hops = [link_between(here, there) for here, there in zip(members, nexts, strict=True)]
+    return Link(min(hop.bytes_per_s for hop in hops), max(hop.latency_us for hop in hops))

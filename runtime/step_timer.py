@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +28,9 @@ class Grid:
     batches: decodes, at each of `contexts`; in mixed steps beside each of `mixed_chunks`.
     """
 
-    chunks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    chunks: tuple[int, ...] = (
+        *(1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
+    )
     prompts: tuple[int, ...] = (1, 4)
     pasts: tuple[int, ...] = (0, 256)
     batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -52,8 +56,11 @@ class StepTimer:
 
     A step's time is from when the engine was free for it to its end, so it includes what a step
     costs beside its computation; but not how long this thread waited for a processor, where the
-    system tells. Rounds over all points follow each other, so that what disturbs the machine for a
-    while disturbs one repeat of each and not all of a few.
+    system tells; and of its repeats those count that waited least. Rounds over all points follow
+    each other, so that what disturbs the machine for a while disturbs one repeat of each and not
+    all of a few; those of prefills are dealt out among the contexts of decodes, for what a step of
+    both saves is a small difference between the two. They go from small steps to large ones, and
+    the next one back: a step behind a much larger one finds the caches full of that.
     """
 
     def __init__(
@@ -74,15 +81,22 @@ class StepTimer:
 
     def points(self, grid: Grid) -> tuple[Point, ...]:
         """The grid's points that this instance has room for, measured. Raises EngineError."""
-        prefills = list(self._prefills(grid))
-        rounds = [[self._prefill_us(p) for p in prefills] for _ in range(grid.repeats + 1)]
-        found = [
-            _summary(point, times)
-            for point, times in zip(prefills, zip(*rounds[1:], strict=True), strict=True)
-        ]
-        for context in grid.contexts:
-            found += self._at_context(grid, context)
-        return tuple(found)
+        prefills = sorted(self._prefills(grid), key=lambda point: point.step)
+        self._prefill_round(prefills)
+        rounds: list[list[_Taken]] = []
+        beside: list[Point] = []
+        places = len(grid.contexts) or 1
+        for place in range(places):
+            while len(rounds) * places < grid.repeats * (place + 1):
+                back = self._prefill_round(prefills[::-1])[::-1]
+                rounds += [self._prefill_round(prefills), back]
+            for context in grid.contexts[place : place + 1]:
+                beside += self._at_context(grid, context)
+        times = zip(*rounds, strict=True)
+        return (*itertools.starmap(_summary, zip(prefills, times, strict=True)), *beside)
+
+    def _prefill_round(self, prefills: Sequence[Point]) -> list[_Taken]:
+        return [self._prefill(point) for point in prefills]
 
     def _prefills(self, grid: Grid) -> Iterator[Point]:
         """Of all prefills those that there is room for; their times are still to be measured."""
@@ -92,13 +106,18 @@ class StepTimer:
             if tokens <= self._max_step_tokens and length < self._longest and room:
                 yield Point(1.0, prompts=prompts, chunk_tokens=chunk, past_tokens=past)
 
-    def _prefill_us(self, point: Point) -> float:
-        """The time of the step; what its prompts have before it is computed in steps before."""
-        past, end = point.past_tokens, point.past_tokens + point.chunk_tokens
-        requests = [self._driver.request(end, 1) for _ in range(point.prompts)]
-        before = [[(r, 0, past)] for r in requests] if past else []
-        steps = [*before, [(r, past, end) for r in requests]]
-        return self._driver.run(requests, requests, chunks=steps)[-1][1]
+    def _prefill(self, point: Point) -> _Taken:
+        """What the step took; what its prompts have before it is computed in steps before.
+
+        The last of these is as large as this one: as in serving, where steps follow their like.
+        """
+        past, chunk = point.past_tokens, point.chunk_tokens
+        requests = [self._driver.request(past + chunk, 1) for _ in range(point.prompts)]
+        like = max(0, past - chunk)  # from here on, a step like the one to be measured
+        steps = [[(request, 0, like)] for request in requests if like]
+        steps += [[(request, like, past) for request in requests]] if past else []
+        steps += [[(request, past, past + chunk) for request in requests]]
+        return self._driver.run(requests, requests, chunks=steps)[-1]
 
     def _at_context(self, grid: Grid, context: int) -> list[Point]:
         """All batches of decodes at about so much context, alone and beside chunks of a prompt."""
@@ -111,7 +130,7 @@ class StepTimer:
         if not batches or grown < RUN_STEPS:
             return []
         resident = _Residents(self._driver, context, grown)
-        times: dict[Point, list[tuple[float, int]]] = {}
+        times: dict[Point, list[tuple[_Taken, int]]] = {}
         for is_counted in (False, *[True] * grid.repeats):
             for point in self._beside(grid, batches):
                 taken = resident.steps(max(batches), point.decodes, point.chunk_tokens)
@@ -130,6 +149,14 @@ class StepTimer:
 
 Step = Sequence[tuple[Request, int, int]]
 """Tokens [begin, end) of requests, to be computed in one step."""
+
+
+class _Taken(NamedTuple):
+    """A step, the microseconds that it took, and for how long it waited for a processor beside."""
+
+    report: StepReport
+    us: float
+    waits_us: float
 
 
 class _Driver:
@@ -154,24 +181,25 @@ class _Driver:
         new: Sequence[Request],
         chunks: Sequence[Step] = (),
         decodes: Sequence[tuple[Request, int]] = (),
-    ) -> list[tuple[StepReport, float]]:
-        """Run a plan to its end: its steps, and the microseconds that each took.
+    ) -> list[_Taken]:
+        """Run a plan to its end: its steps, and what each took.
 
         requests: all of the plan; new: those of them that the engine does not have. chunks: what
         each step computes. decodes: who decodes, and until how many tokens.
         """
         self._engine.submit(self._plan(requests, chunks, decodes), new)
-        found: list[tuple[StepReport, float]] = []
-        free_us, waited_us = self._clock.now_us(), _waited_us()
+        found: list[_Taken] = []
+        free_us, waited_us = self._clock.now_us(), processor_wait_us()
         while True:
             events = self._engine.poll()
-            before_us, waited_us = waited_us, _waited_us()
+            before_us, waited_us = waited_us, processor_wait_us()
             for event in events:
                 if isinstance(event, Failed):
                     raise EngineError(f"instance {self._instance!r}: {event.error}")
                 if isinstance(event, StepReport):
-                    took_us = event.end_us - free_us - (waited_us - before_us)
-                    found.append((event, max(1.0, took_us)))
+                    waits_us = waited_us - before_us
+                    us = max(1.0, event.end_us - free_us - waits_us)
+                    found.append(_Taken(event, us, waits_us))
                     free_us, before_us = event.end_us, waited_us
                 if isinstance(event, PlanDone):
                     return found
@@ -227,8 +255,8 @@ class _Residents:
         self._tokens: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
 
-    def steps(self, size: int, decodes: int, chunk: int) -> list[tuple[float, int]]:
-        """Microseconds, and tokens of KV, of steps in which so many of `size` requests decode.
+    def steps(self, size: int, decodes: int, chunk: int) -> list[tuple[_Taken, int]]:
+        """What steps took in which so many of `size` requests decode, and their tokens of KV.
 
         chunk: tokens of a prompt beside them, or 0; then it is one step.
         """
@@ -242,9 +270,10 @@ class _Residents:
             decodes=[(request, self._tokens[request.id] + RUN_STEPS) for request in decoding],
         )
         found = []
-        for report, us in ran:
+        for took in ran:
+            report = took.report
             if len(report.decodes) == decodes and len(report.chunks) == len(prompt):
-                found.append((us, sum(self._tokens[name] for name in report.decodes)))
+                found.append((took, sum(self._tokens[name] for name in report.decodes)))
             self._advance(report)
         return found
 
@@ -266,19 +295,19 @@ class _Residents:
             self._requests |= {request.id: request for request in new}
             self._tokens |= {request.id: self._context for request in new}
             steps = [[(request, 0, self._context)] for request in new]
-            for report, _ in self._driver.run(list(self._requests.values()), new, chunks=steps):
-                self._advance(report)
+            for took in self._driver.run(list(self._requests.values()), new, chunks=steps):
+                self._advance(took.report)
 
 
-def _at_mean_context(point: Point, taken: Sequence[tuple[float, int]]) -> Point:
-    """The point of these microseconds and tokens of KV, at the mean of the latter."""
+def _at_mean_context(point: Point, taken: Sequence[tuple[_Taken, int]]) -> Point:
+    """The point of these steps with their tokens of KV, at the mean of the latter."""
     held = sum(tokens for _, tokens in taken) / len(taken)
     return replace(
-        _summary(point, [us for us, _ in taken]), context_tokens=round(held / point.decodes)
+        _summary(point, [took for took, _ in taken]), context_tokens=round(held / point.decodes)
     )
 
 
-def _waited_us() -> float:
+def processor_wait_us() -> float:
     """For how long this thread wanted a processor that others had; 0 where nobody counts it."""
     try:
         with open("/proc/thread-self/schedstat", "rb") as file:
@@ -287,8 +316,11 @@ def _waited_us() -> float:
         return 0.0
 
 
-def _summary(point: Point, times_us: Sequence[float]) -> Point:
-    """The point with the median and interquartile range of what its steps took."""
+def _summary(point: Point, taken: Sequence[_Taken]) -> Point:
+    """The point with the median and interquartile range of what those of its steps took that waited
+    for a processor no longer than half of them did."""
+    waits_us = statistics.median_low(took.waits_us for took in taken)
+    times_us = [took.us for took in taken if took.waits_us <= waits_us]
     low, middle, high = np.quantile(np.array(times_us), (0.25, 0.5, 0.75)).tolist()
     return replace(
         point, us=round(middle, 1), spread_us=round(high - low, 1), repeats=len(times_us)

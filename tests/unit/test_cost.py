@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagec.runtime.cost import STEP_OVERHEAD_US, Curve, Fit, StepCost, fit_text, read_fit
+from sagec.runtime.cost import (
+    MOST_SHARES,
+    STEP_OVERHEAD_US,
+    Curve,
+    Fit,
+    StepCost,
+    expert_shares,
+    experts_read,
+    fit_text,
+    read_fit,
+)
+from sagec.runtime.direct.topology import Model
 from sagec.runtime.engines import EngineError, InstanceSpec
 from sagec.runtime.engines.sim.options import read_options
 
@@ -46,10 +59,10 @@ def test_the_overhead_can_be_what_was_measured() -> None:
 @given(tokens, tokens, tokens)
 def test_plain_numbers_and_arrays_say_the_same(count: int, pairs: int, context: int) -> None:
     one = COST.one_step_us(count, pairs, context)
-    assert one == pytest.approx(float(COST.step_us(count, pairs, context)))
+    assert one == float(COST.step_us(count, pairs, context))
     columns = COST.step_us(np.array([count, 0]), np.array([pairs, 0]), np.array([context, 0]))
     assert columns.shape == (2,)
-    assert float(columns[0]) == pytest.approx(one)
+    assert float(columns[0]) == one
 
 
 @given(tokens, tokens, tokens)
@@ -79,6 +92,59 @@ def test_a_decode_adds_the_reading_of_its_kv_or_its_arithmetic(context: int) -> 
     assert float(COST.decode_us(context)) == pytest.approx(1e6 * max(arithmetic, traffic))
 
 
+# The last projection, and experts
+
+HEAD = dataclasses.replace(COST, head_flops_per_token=1e9)
+EXPERTS = dataclasses.replace(
+    HEAD, weight_bytes=1e8, expert_bytes=8e9, experts=8, experts_per_token=2
+)
+
+
+def test_the_last_projection_computes_the_decodes_and_one_row_of_the_prompts() -> None:
+    flops = 4096 * 2e9 + 4096 * 1e5
+    for decodes, sampled in ((0, 1), (96, 97), (4096, 4096)):
+        us = HEAD.one_step_us(4096, 4096, 0, decodes)
+        assert us == STEP_OVERHEAD_US + 1e6 * ((flops + sampled * 1e9) / 1e14)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_go_to() -> None:
+    for count, share in ((0, 0.0), (1, 0.25), (2, 0.4375)):
+        read = 1e8 + share * 8e9
+        assert EXPERTS.one_step_us(count, 0, 0, count) == STEP_OVERHEAD_US + read / 1e12 * 1e6
+
+
+@given(st.integers(1, 256), st.integers(1, 16), st.integers(0, 3000))
+def test_the_share_of_experts_is_the_closed_form(experts: int, each: int, count: int) -> None:
+    each = min(each, experts)
+    wanted = 1 - (1 - each / experts) ** count
+    assert experts_read(experts, each, count) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@given(st.integers(0, 5000), st.integers(0, 70))
+def test_shares_of_experts_grow_to_an_end(experts: int, each: int) -> None:
+    shares = expert_shares(experts, each)
+    assert all(a < b <= 1 for a, b in itertools.pairwise(shares))
+    assert len(shares) <= MOST_SHARES
+    if experts and 200 * each >= experts:
+        assert math.isclose(shares[-1], 1.0, rel_tol=1e-12)
+
+
+def test_where_nobody_says_how_many_experts_there_are_all_are_read() -> None:
+    cost = dataclasses.replace(COST, weight_bytes=0.0, expert_bytes=5e9)
+    assert cost.one_step_us(1, 0, 0, 1) == STEP_OVERHEAD_US + 5000.0
+
+
+def test_a_model_tells_its_experts_from_what_each_step_reads() -> None:
+    dense = Model("m", 2, 64, 4, 2, 16, 128, 1000, "bf16", 512, 0, 0, 0, "")
+    moe = dataclasses.replace(dense, experts=8, experts_per_token=2)
+    of_dense, of_moe = dense.cost(1e12, 1e11), moe.cost(1e12, 1e11)
+    assert (of_dense.weight_bytes, of_dense.expert_bytes) == (dense.weight_bytes, 0)
+    assert of_moe.expert_bytes == 2 * 8 * 3 * 64 * 128 * 2
+    assert of_moe.weight_bytes + of_moe.expert_bytes == moe.weight_bytes
+    assert (of_moe.experts, of_moe.experts_per_token) == (8, 2)
+    assert of_dense.head_flops_per_token == of_moe.head_flops_per_token == 2 * 64 * 1000
+
+
 # A fit
 
 FIT = Fit(
@@ -100,12 +166,13 @@ def steps(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return prompts + decodes, pairs + context, context, decodes
 
 
-@given(st.lists(steps(), min_size=1, max_size=5))
-def test_a_fit_says_the_same_of_one_step_and_of_many_to_the_bit(
-    some: list[tuple[int, int, int, int]],
+@given(st.sampled_from([HEAD, EXPERTS, FITTED]), st.lists(steps(), min_size=1, max_size=5))
+def test_a_cost_says_the_same_of_one_step_and_of_many_to_the_bit(
+    cost: StepCost, some: list[tuple[int, int, int, int]]
 ) -> None:
-    each = FITTED.step_us(*np.array(some).T)
-    assert each.tolist() == [FITTED.one_step_us(*step) for step in some]
+    each = cost.step_us(*np.array(some).T)
+    assert each.tolist() == [cost.one_step_us(*step) for step in some]
+    assert float(cost.step_us(*some[0])) == cost.one_step_us(*some[0])
 
 
 @given(steps())
@@ -189,7 +256,7 @@ def test_a_text_that_is_no_fit_is_refused(text: str) -> None:
 
 
 def test_an_engine_is_told_a_cost_in_texts_and_understands_the_same() -> None:
-    for cost in (COST, FITTED):
+    for cost in (COST, FITTED, EXPERTS):
         spec = InstanceSpec(
             id="s", engine="sim", model="", kv_blocks=8, block_tokens=4, options=cost.to_options()
         )

@@ -153,7 +153,8 @@ exec.graph @weights_weigh_more {model = "m", tp = 2} {
 // Only to cut rows one must know what half of an op takes.
 // CHECK-LABEL: exec.graph @unknown_device
 // CHECK: exec.all_reduce %{{.*}} {stream = "comm"
-// HALVES: error: no cluster.device @g0 in the module
+// HALVES: error: no cluster.device @g0
+// HALVES: there are: none
 exec.graph @unknown_device {model = "m", tp = 2} {
   %t = exec.input -> !exec.tensor<[2], i32, @g0>
   %h = exec.embedding %t -> !exec.tensor<[2, 8], f32, @g0>

@@ -55,9 +55,9 @@ exec.graph @one_layer {phase = "decode", model = "m"} {
 // -----
 
 // The dead zone: over a slow link the rows are longer on their way than either pool computes.
-// CHECK: error: scheme=af does not pay: exec.graph @one_layer takes 138.5 us as it is and 429.2 us
+// CHECK: error: scheme=af does not pay: exec.graph @one_layer takes 138.5 us as it is and 429.1 us
 // CHECK-SAME: with feed-forward on @f0 in 2 micro-batches
-// CHECK: layer 0 then takes 87.5 us of attention, 61.4 us of feed-forward, and
+// CHECK: layer 0 then takes 87.4 us of attention, 61.4 us of feed-forward, and
 // CHECK-SAME: messages of 214.3 us there and 214.3 us back; dead zone: the link is busy longer than either pool computes
 
 cluster.model @m {layers = 1, hidden = 8, heads = 2, kv_heads = 1, head_dim = 4, ffn = 16, vocab = 16}
