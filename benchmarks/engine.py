@@ -73,8 +73,8 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_program(folder: Path) -> Path:
-    """Generate the code for the model; the file lies beside it."""
+def builder_of(folder: Path) -> ExecutionGraphBuilder:
+    """What builds the graphs of the model's steps, on one rank."""
     model = Model(
         name="m",
         layers=8,
@@ -93,7 +93,12 @@ def make_program(folder: Path) -> Path:
     )
     parallel = Parallel()
     hardware = Hardware.uniform(parallel, Device(2e10, 1e10), Link(1e10, 10.0))
-    builder = ExecutionGraphBuilder(model, parallel, hardware)
+    return ExecutionGraphBuilder(model, parallel, hardware)
+
+
+def make_program(folder: Path) -> Path:
+    """Generate the code for the model; the file lies beside it."""
+    builder = builder_of(folder)
     graphs = [
         builder.build_prefill_graph([(0, 64)]),
         builder.build_decode_graph([64]),

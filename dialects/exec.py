@@ -380,6 +380,10 @@ class QKVOp(OperatorOp):
 
 _ATTENTION = (*_COSTS, *_HEADS, _FIRST)
 
+_SCRATCH = Scalar(
+    "scratch", "where the memory begins that it needs for itself, as it is planned", 0
+)
+
 
 class AttentionOp(OperatorOp):
     """Rows [first, first + R) of the queries attend to the KV before them and to their own.
@@ -422,7 +426,7 @@ class AttentionOp(OperatorOp):
 
 
 @irdl_op_definition
-@declares(_ATTENTION)
+@declares((*_ATTENTION, _SCRATCH))
 class PrefillAttentionOp(AttentionOp):
     """Chunks of prompts, each the tokens [begin, end) of a request:
 
@@ -433,7 +437,7 @@ class PrefillAttentionOp(AttentionOp):
     """
 
     name = "exec.prefill_attention"
-    SCALARS: ClassVar[Scalars] = _ATTENTION
+    SCALARS: ClassVar[Scalars] = (*_ATTENTION, _SCRATCH)
     COLUMNS: ClassVar[tuple[str, ...]] = ("begin", "end")
     begin = prop_def(ColumnAttr)
     end = prop_def(ColumnAttr)
@@ -512,7 +516,7 @@ _FFN: Scalars = (
     Scalar("width", "of the hidden layer of one rank, or of one expert there", 0, True, least=1),
     Scalar("experts", "experts of one rank; 0 where the model is dense", 0),
     Scalar("experts_per_token", "experts that compute a token, on all ranks", 0),
-    Scalar("scratch", "where the memory begins that it needs for itself, as it is planned", 0),
+    _SCRATCH,
 )
 
 
@@ -668,7 +672,7 @@ def ranks_of(devices: Sequence[str]) -> ArrayAttr[SymbolRefAttr]:
 
 
 @irdl_op_definition
-@declares(_COSTS)
+@declares((*_COSTS, _SCRATCH))
 class AllReduceOp(CollectiveOp):
     """The sum over the ranks, on each of them:
 
@@ -677,6 +681,7 @@ class AllReduceOp(CollectiveOp):
     """
 
     name = "exec.all_reduce"
+    SCALARS: ClassVar[Scalars] = (*_COSTS, _SCRATCH)
     ranks = prop_def(ArrayAttr.constr(FlatSymbolRefAttrConstr))
     parts = var_operand_def(TensorType)
     sums = var_result_def(TensorType)
@@ -709,7 +714,7 @@ class _ResizingOp(CollectiveOp):
 
 
 @irdl_op_definition
-@declares(_AXIS)
+@declares((*_AXIS, _SCRATCH))
 class AllGatherOp(_ResizingOp):
     """All ranks' tensors, one behind the other along `axis`, on each of them:
 
@@ -718,7 +723,7 @@ class AllGatherOp(_ResizingOp):
     """
 
     name = "exec.all_gather"
-    SCALARS: ClassVar[Scalars] = _AXIS
+    SCALARS: ClassVar[Scalars] = (*_AXIS, _SCRATCH)
     GROWS: ClassVar[bool] = True
     ranks = prop_def(ArrayAttr.constr(FlatSymbolRefAttrConstr))
     parts = var_operand_def(TensorType)

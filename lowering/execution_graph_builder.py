@@ -22,6 +22,7 @@ from sagec.dialects.scalars import Value
 from sagec.passes.execution_graph import ExecutionGraph
 from sagec.passes.topology import Model
 from sagec.runtime import roofline
+from sagec.runtime.cost import experts_read
 
 Chunk = tuple[int, int]
 """The tokens [begin, end) of a prompt."""
@@ -129,13 +130,7 @@ class Hardware:
 
     def ring(self, ranks: Sequence[str]) -> roofline.Link:
         """The slowest bandwidth and the longest latency of a ring of these devices."""
-        hops = [
-            self.link_between(here, there)
-            for here, there in zip(ranks, (*ranks[1:], ranks[0]), strict=True)
-        ]
-        return roofline.Link(
-            min(hop.bytes_per_s for hop in hops), max(hop.latency_us for hop in hops)
-        )
+        return roofline.ring_of(ranks, self.link_between)
 
 
 @dataclass(frozen=True)
@@ -272,14 +267,13 @@ class Share:
     def expert_ffn(self, tokens: int) -> tuple[float, float]:
         """The router, [hidden, all experts], and this rank's experts.
 
-        A token goes to k of E experts, so to k * e / E of the e of this rank in the mean. Of these,
-        e * (1 - (1 - k/E)^tokens) are read: those that a token goes to, where all are as likely.
+        A token goes to k of E experts, so to k * e / E of the e of this rank in the mean. Of these
+        those are read that one of the tokens goes to.
         """
-        chosen = self.experts_per_token / self.all_experts
         flops, weights = self.matmul(tokens, self.hidden, self.all_experts)
         one_flops, one_weights = self.dense_ffn(1)
-        read = self.experts * (1 - (1 - chosen) ** tokens)
-        flops += one_flops * tokens * chosen * self.experts
+        read = self.experts * experts_read(self.all_experts, self.experts_per_token, tokens)
+        flops += one_flops * tokens * self.experts_per_token * self.experts / self.all_experts
         return flops, weights + one_weights * read
 
     def attention_flops(self, chunks: Sequence[Chunk]) -> float:

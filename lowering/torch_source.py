@@ -74,6 +74,8 @@ def shape_of(graph: ex.ExecGraphOp) -> dict[str, int]:
             shape["layers"] = max(shape.get("layers", 0), (op.layer_number or 0) + 1)
         elif isinstance(op, ex.FFNOp):
             shape["ffn"] = op.number("width")
+            if op.number("experts"):
+                shape |= {name: op.number(name) for name in ("experts", "experts_per_token")}
         elif isinstance(op, ex.LMHeadOp):
             shape["vocab"] = ex.tensor_of(op.logits).shape[1]
     return shape
@@ -140,14 +142,19 @@ def _looped(part: Sequence[Line], layers: range, num_layers: int) -> Iterator[st
 
 
 def _opened(part: list[Line], following: list[Line]) -> tuple[list[Line], list[str]]:
-    """A layer whose absent operands are variables as in the layer behind it, where the two differ
-    in nothing else; and the lines that make the variables."""
+    """A layer whose absent operands are variables, which it deletes, as in the layer behind it,
+    where the two differ in nothing else; and the lines that make the variables."""
     named, names = list(part), dict[str, None]()
-    for at, (line, later) in enumerate(zip(part, following, strict=False)):
-        pattern = re.escape(line.code).replace(re.escape(f", {ABSENT},"), r", (\w+),")
-        if line.absent and (match := re.fullmatch(pattern, later.code)):
-            named[at] = replace(line, code=later.code)
-            names[match[1]] = None
+    for at, later in enumerate(following):
+        if at < len(named) and named[at].absent:
+            pattern = re.escape(named[at].code).replace(re.escape(f", {ABSENT},"), r", (\w+),")
+            if match := re.fullmatch(pattern, later.code):
+                named[at] = replace(named[at], code=later.code)
+                names[match[1]] = None
+        elif later.code in {f"del {name}" for name in names} and not _alike(
+            named[at : at + 1], [later]
+        ):
+            named.insert(at, later)
     if names and _alike(named, following):
         return named, [f"{name} = {ABSENT}" for name in names]
     return part, []
@@ -182,7 +189,7 @@ def _module(graph: ex.ExecGraphOp, shape: dict[str, int], functions: Sequence[_F
         '"""',
     ]
     imports = ["import torch.nn.functional as F"]
-    if any("torch.cat" in text for text in texts):
+    if any("torch." in text for text in texts):
         imports.insert(0, "import torch")
     if any("lanes_of" in text for text in texts):
         imports += ["", "from sagec.runtime.engines.torch.lanes import lanes_of"]

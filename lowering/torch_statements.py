@@ -23,7 +23,8 @@ from sagec.passes.errors import PassError
 ABSENT = "None"
 """What stands for the operand that the first norm of a step lacks."""
 
-_TAKEN = {"F", "batch", "cache", "kernels", "kv", "lanes_of", "layer", "ranks", "torch", "weights"}
+_TAKEN = {"F", "batch", "cache", "kernels", "kv", "lanes_of", "layer", "ranks", "torch", "weights",
+          "expert", "made", "rows", "share"}  # fmt: skip
 
 _WEIGHTS_OF: dict[type[Operation], str] = {
     ex.QKVOp: "layer.norm",
@@ -134,6 +135,7 @@ class Statements:
         self._add(f"{name} = kernels.add_norm({stream}, {added}, {weight})",
                   self._note(op, "S" if samples else ""), absent=op.added is None)  # fmt: skip
         self._put(op.normed, self._variable(name, op.normed))
+        self._drop(*filter(None, [op.hidden, op.added] if samples else [op.added]))
 
     def qkv(self, op: ex.QKVOp) -> None:
         self._call(f"{self._layer_of(op)}.qkv", op, op.normed, op.qkv, "qkv")
@@ -147,6 +149,7 @@ class Statements:
         whole = self._attended[qkv]
         rows = ex.tensor_of(attended).shape[0]
         self._put(attended, replace(whole, begin=first, end=first + rows))
+        self._drop(qkv)
 
     def _attend(self, op: ex.AttentionOp, qkv: SSAValue) -> _Variable:
         """Store the new KV, and attend to it with all rows."""
@@ -174,19 +177,22 @@ class Statements:
                 "projects all of them at once", op,
             )  # fmt: skip
         self._call(f"{self._layer_of(op)}.output", op, op.parts[0], op.added, "added")
-        self._drop(*self._asked(op), op.parts[0])
+        self._drop(op.parts[0])
 
     def ffn(self, op: ex.FFNOp) -> None:
+        ffn, name = f"{self._layer_of(op)}.ffn", self._name(op.normed)
+        added, note = self._fresh(op.added, "added"), self._note(op)
         if op.number("experts"):
-            raise PassError(
-                f"exec.ffn has {op.number('experts')} experts; the torch engine computes dense "
-                "models only: turbomind and vllm run experts", op,
-            )  # fmt: skip
-        layer, name = self._layer_of(op), self._name(op.normed)
-        added = self._fresh(op.added, "added")
-        self._add(f"{added} = {layer}.down(kernels.silu_multiply({layer}.gate_up({name})))",
-                  self._note(op))  # fmt: skip
+            self._add(f"{added} = torch.zeros_like({name})", f"{note}, of experts")
+            self._add(f"for expert, rows, share in {ffn}.routed({name}):")
+            given = f"expert.gate_up({name}[rows])"
+            self._add(f"    made = expert.down(kernels.silu_multiply({given}))")
+            self._add(f"    {added}.index_add_(0, rows, made.mul_(share))")
+            self._add("    del made")
+        else:
+            self._add(f"{added} = {ffn}.down(kernels.silu_multiply({ffn}.gate_up({name})))", note)
         self._put(op.added, self._variable(added, op.added))
+        self._drop(op.normed)
 
     def lm_head(self, op: ex.LMHeadOp) -> None:
         name = self._name(op.normed)
@@ -195,6 +201,7 @@ class Statements:
         result = self._fresh(op.logits, "logits")
         self._add(f"{result} = weights.lm_head({name})", self._note(op, "S"))
         self._put(op.logits, self._variable(result, op.logits))
+        self._drop(op.normed)
 
     def sample(self, op: ex.SampleOp) -> None:
         """The engine samples, for each request as it asks."""
@@ -247,12 +254,6 @@ class Statements:
     def nothing(self, op: ex.OperatorOp) -> None:
         """KV is in its blocks before a step begins, and goes there before attention reads it."""
 
-    def _asked(self, op: ex.ProjectionOp) -> Iterator[SSAValue]:
-        """The queries, keys and values of what a projection takes."""
-        for part in op.parts:
-            if isinstance(part.owner, ex.AttentionOp):
-                yield part.owner.operands[0]
-
     # Variables.
 
     def _drop(self, *values: SSAValue) -> None:
@@ -274,10 +275,11 @@ class Statements:
         self.lines.append(Line(code, note, self._layer, absent))
 
     def _await(self, op: ex.OperatorOp) -> None:
-        """Wait for the messages that make the operands, each once."""
+        """Wait for the messages that make the operands, each once, and let go of what they hold."""
         for work in dict.fromkeys(self._works[v] for v in op.operands if v in self._works):
             self._works = {v: other for v, other in self._works.items() if other != work}
             self._add(f"{work}.wait()")
+            self._add(f"del {work}")
 
     def _put(self, value: SSAValue, variable: _Variable) -> None:
         self._variables[value] = variable

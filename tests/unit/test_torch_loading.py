@@ -147,6 +147,8 @@ def test_eos_comes_from_generation_config_first(folder: Path, eos, generation, e
     assert read_config(folder).eos_tokens == expected
 
 
+MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 8,
+       "num_experts_per_tok": 2}  # fmt: skip
 CONFIG_ERRORS = [
     ({"model_type": "mamba"}, "model_type is 'mamba'; this engine runs llama, qwen2, qwen3"),
     ({"model_type": None}, "model_type is None; this engine runs llama, qwen2, qwen3"),
@@ -171,6 +173,14 @@ CONFIG_ERRORS = [
         },
         "full attention only, so use_sliding_window must be false",
     ),
+    (
+        {"model_type": "mixtral", "sliding_window": 8},
+        "sliding_window is 8; this engine computes fu",
+    ),
+    ({**MOE, "num_experts": None}, "no 'num_local_experts'; it must be an integer >= 1"),
+    ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9; there are 8 experts"),
+    ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step is 2; this engine wants experts in a"),
+    ({**MOE, "mlp_only_layers": [0]}, "mlp_only_layers is [0]; this engine wants experts in all"),
     ({"rope_parameters": [1]}, "rope_parameters is [1]; one flat object is needed"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; this"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: no 'factor'; it must be a"),

@@ -15,6 +15,7 @@ from sagec.runtime.engines.torch import native  # noqa: E402
 from sagec.runtime.engines.torch.batch import Span, build_batch  # noqa: E402
 from sagec.runtime.engines.torch.checkpoint import LayerWeights  # noqa: E402
 from sagec.runtime.engines.torch.config import ModelConfig, Rope  # noqa: E402
+from sagec.runtime.engines.torch.ffn import FFN  # noqa: E402
 from sagec.runtime.engines.torch.kernels import TorchKernels, attention  # noqa: E402
 from sagec.runtime.engines.torch.linear import Linear  # noqa: E402
 from sagec.runtime.engines.torch.rope import rope_table  # noqa: E402
@@ -59,25 +60,28 @@ def layer_of(config: ModelConfig, dtype, *, normed: bool) -> LayerWeights:
     nothing = torch.ones(1, 1, dtype=dtype)
     linear = Linear(nothing, None)
     norm = torch.linspace(0.5, 1.5, config.head_dim).to(dtype) if normed else None
-    return LayerWeights(nothing, linear, norm, norm, linear, nothing, linear, linear)
+    return LayerWeights(nothing, linear, norm, norm, linear, nothing, FFN(linear, linear))
 
 
 def random(*shape: int, dtype, seed: int = 0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+COUNTS = st.integers(1, 12) | st.integers(native.SHORT_TOKENS - 2, native.SHORT_TOKENS + 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
-    spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), min_size=1, max_size=5),
+    spans=st.lists(st.tuples(st.integers(0, 60), COUNTS), min_size=1, max_size=5),
     block_tokens=st.sampled_from([1, 5, 16]),
     normed=st.booleans(),
 )
 def test_attention_in_c_is_that_of_torch(dtype, shape, spans, block_tokens: int, normed: bool):
     config = config_of(*shape)
     heads, kv_heads, head_dim = shape
-    pool = BlockPool(400, block_tokens)
+    pool = BlockPool(640, block_tokens)
     rope = rope_table(config.rope, head_dim, 512, dtype)
     plain = TorchKernels(config, rope)
     made = []
@@ -85,7 +89,7 @@ def test_attention_in_c_is_that_of_torch(dtype, shape, spans, block_tokens: int,
         slot = pool.open_slot()
         assert pool.grow(slot, pool.blocks_for(begin + count))
         made.append(Span(slot, begin, [0] * count, True))
-    before = random(400, block_tokens, 2, kv_heads, head_dim, dtype=dtype)
+    before = random(640, block_tokens, 2, kv_heads, head_dim, dtype=dtype)
     layer = layer_of(config, dtype, normed=normed)
     results = []
     for kernels in (plain, native.NativeKernels(config, rope, block_tokens, plain)):
@@ -100,6 +104,19 @@ def test_attention_in_c_is_that_of_torch(dtype, shape, spans, block_tokens: int,
         results.append((out[order].float(), kv.float()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("begin", "count", "is_short"),
+    [(9000, 1, True), (4095, 2, False), (4094, 2, True), (0, 64, True), (0, 65, False)],
+)
+def test_a_span_is_short_where_it_attends_to_little(begin: int, count: int, is_short: bool):
+    pool = BlockPool(600, 16)
+    slot = pool.open_slot()
+    assert pool.grow(slot, pool.blocks_for(begin + count))
+    span = Span(slot, begin, [0] * count, True)
+    batch = build_batch([span], pool, torch.device("cpu"), native.SHORT_TOKENS, False)
+    assert (batch.num_short, len(batch.chunks)) == ((count, 0) if is_short else (0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +136,8 @@ def test_norms_and_gates_in_c_are_those_of_torch(dtype):
         torch.testing.assert_close(left, right, **close)
     gates = random(7, 300, dtype=dtype) * 30
     gates[0, :4] = torch.tensor([-1e4, 1e4, 0.0, -88.0]).to(dtype)
-    torch.testing.assert_close(fast.silu_multiply(gates), plain.silu_multiply(gates), **close)
+    ours, theirs = (kernels.silu_multiply(gates.clone()) for kernels in (fast, plain))
+    torch.testing.assert_close(ours, theirs, **close)
 
 
 def rebuild(monkeypatch: pytest.MonkeyPatch, folder: Path, compiler: str) -> None:

@@ -1,5 +1,6 @@
 """Generated programs compute what the hand-written layers compute, and no wrong file is run."""
 
+import contextlib
 import functools
 import hashlib
 from pathlib import Path
@@ -11,24 +12,29 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from sagec.cli import main  # noqa: E402
 from sagec.lowering.torch_source import MAGIC as WRITTEN_MAGIC  # noqa: E402
 from sagec.lowering.torch_source import program_of  # noqa: E402
 from sagec.runtime.engines import EngineError  # noqa: E402
 from sagec.runtime.engines.torch.batch import Span, build_batch  # noqa: E402
+from sagec.runtime.engines.torch.config import read_config  # noqa: E402
 from sagec.runtime.engines.torch.lanes import lanes_of  # noqa: E402
+from sagec.runtime.engines.torch.native import SHORT_TOKENS  # noqa: E402
 from sagec.runtime.engines.torch.program import MAGIC, load_program  # noqa: E402
 from sagec.runtime.kv.pool import BlockPool  # noqa: E402
 from tests.checkpoints import KINDS, VOCAB, checkpoint  # noqa: E402
 from tests.torch_engines import engine  # noqa: E402
 from tests.torch_programs import graphs_of, program  # noqa: E402
 
-BLOCKS, BLOCK_TOKENS = 64, 8
-SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=6)
+BLOCKS, BLOCK_TOKENS = 96, 8
+COUNTS = st.integers(1, 30) | st.integers(SHORT_TOKENS + 1, SHORT_TOKENS + 5)
+SPANS = st.lists(st.tuples(st.integers(0, 40), COUNTS), min_size=1, max_size=6)
 STEPS = {
-    "one prompt": [(0, 30)],
-    "chunks": [(0, 30), (16, 20), (9, 9)],
+    "one prompt": [(0, 70)],
+    "chunks": [(0, 70), (16, 80), (9, 65)],
+    "short prompts": [(0, 30), (16, 20)],
     "decodes": [(5, 1), (40, 1), (0, 1)],
-    "both": [(0, 30), (7, 1), (3, 12), (31, 1), (8, 2)],
+    "both": [(0, 70), (7, 1), (3, 12), (31, 1), (8, 2)],
 }
 
 
@@ -86,9 +92,31 @@ def test_the_function_is_chosen_by_what_the_batch_holds():
     assert chosen == {
         "one prompt": "prefill",
         "chunks": "prefill",
+        "short prompts": "decode",
         "decodes": "decode",
         "both": "hybrid",
     }
+
+
+SAGE = """
+model m from "FOLDER"
+cluster desk {
+  device c0 kind cpu
+  instance i0 role both on c0 engine torch kv_blocks 64
+}
+serve on desk { request "a" tokens 20 generate 4 }
+"""
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral", "qwen3-moe"])
+def test_code_compiled_for_a_checkpoint_fits_it_alone(kind: str, tmp_path: Path):
+    file, out = tmp_path / "serve.sage", tmp_path / "steps.py"
+    file.write_text(SAGE.replace("FOLDER", str(checkpoint(kind))))
+    assert main(["compile", str(file), "--emit", "torch", "-o", str(out)]) == 0
+    for other in ("qwen3", "mixtral", "qwen3-moe"):
+        config = read_config(checkpoint(other))
+        with contextlib.nullcontext() if other == kind else pytest.raises(EngineError):
+            assert load_program(out, config, tp=1).hybrid
 
 
 @settings(max_examples=40, deadline=None)
@@ -137,6 +165,10 @@ def changed(text: str, old: str, new: str, signed: bool = True) -> str:
 
 WRONG = {
     "another model": (lambda t: changed(t, '"layers": 2', '"layers": 4'), "layers 4.*model has 2"),
+    "experts": (
+        lambda t: changed(t, '"ffn": 112,', '"ffn": 112, "experts": 4,'),
+        "experts 4.*has 0",
+    ),
     "another layout": (lambda t: changed(t, '"tp": 1', '"tp": 2'), "tp 2.*model has 1"),
     "no shape": (lambda t: changed(t, "SHAPE =", "OTHER ="), "does not say for what SHAPE"),
     "no hybrid": (lambda t: changed(t, "def hybrid", "def mixed"), "no function hybrid"),

@@ -1,6 +1,9 @@
 """Collectives of ranks, who holds what of a model, and ranks that do not come up or go away."""
 
+import contextlib
+import hashlib
 import os
+import re
 import resource
 import signal
 import threading
@@ -8,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,15 +19,17 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from sagec.runtime.engines import EngineError, InstanceSpec  # noqa: E402
+from sagec.runtime.engines import EngineError, Failed, InstanceSpec  # noqa: E402
 from sagec.runtime.engines.torch import ranks as module  # noqa: E402
 from sagec.runtime.engines.torch.checkpoint import load_weights  # noqa: E402
 from sagec.runtime.engines.torch.config import read_config  # noqa: E402
+from sagec.runtime.engines.torch.kernels import TorchKernels, feed_forward  # noqa: E402
+from sagec.runtime.engines.torch.program import MAGIC  # noqa: E402
 from sagec.runtime.engines.torch.rank_processes import RankProcesses  # noqa: E402
 from sagec.runtime.engines.torch.ranks import RankLost, Ranks  # noqa: E402
 from sagec.runtime.engines.torch.share import Share  # noqa: E402
 from tests.checkpoints import VOCAB, checkpoint  # noqa: E402
-from tests.torch_engines import engine  # noqa: E402
+from tests.torch_engines import engine, plan, request  # noqa: E402
 from tests.torch_programs import program  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,11 +140,34 @@ def test_the_shares_of_all_ranks_make_the_model(kind: str, size: int = 2):
         layers = [part.layers[number] for part in parts]
         widths = [count * config.head_dim // size for count in heads]
         close(together([each.qkv(x).split(widths, dim=-1) for each in layers]), layer.qkv(x))
-        close(together([each.gate_up(x).chunk(2, dim=-1) for each in layers]), layer.gate_up(x))
-        for name, width in (("output", config.heads * config.head_dim), ("down", config.ffn)):
-            inner = torch.randn(3, width)
-            cuts = zip(layers, inner.chunk(size, dim=-1), strict=True)
-            close(sum(getattr(each, name)(cut) for each, cut in cuts), getattr(layer, name)(inner))
+        gates = together([each.ffn.gate_up(x).chunk(2, dim=-1) for each in layers])
+        close(gates, layer.ffn.gate_up(x))
+        inner = torch.randn(3, config.heads * config.head_dim)
+        cuts = zip(layers, inner.chunk(size, dim=-1), strict=True)
+        close(sum(each.output(cut) for each, cut in cuts), layer.output(inner))
+        inner = torch.randn(3, config.ffn)
+        cuts = zip(layers, inner.chunk(size, dim=-1), strict=True)
+        close(sum(each.ffn.down(cut) for each, cut in cuts), layer.ffn.down(inner))
+
+
+def test_experts_that_do_not_split_are_refused():
+    config = msgspec.structs.replace(read_config(checkpoint("mixtral")), experts=3)
+    assert Share(0, 2).faults(config) == ["3 experts do not split over tp 2; what does: 1, 3"]
+
+
+def test_the_experts_of_all_ranks_make_the_layer(kind: str = "qwen3-moe", size: int = 2):
+    config = read_config(checkpoint(kind))
+    device, x = torch.device("cpu"), torch.randn(9, config.hidden)
+    whole, *parts = (
+        load_weights(checkpoint(kind), config, torch.float32, device, share)
+        for share in (Share(0, 1), *(Share(rank, size) for rank in range(size)))
+    )
+    kernels = TorchKernels(config, torch.zeros(1, config.head_dim))
+    for number, layer in enumerate(whole.layers):
+        held = [part.layers[number].ffn for part in parts]
+        assert [(one.first, len(one.held)) for one in held] == [(0, 4), (4, 4)]
+        sums = sum(feed_forward(kernels, x, one) for one in held)
+        torch.testing.assert_close(sums, feed_forward(kernels, x, layer.ffn))
 
 
 def together(parts):
@@ -197,6 +226,43 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_rank_0_with_it():
     with pytest.raises(RankLost, match=rf"^rank 1 \(process {pid}\) RuntimeError: .*memory"):
         one.residents.rank.read_kv(torch.zeros(40_000, dtype=torch.int64))
     one.close()
+
+
+def wrong_program(folder: Path, tp: int, wrong_rank: int, wrong: str) -> Path:
+    """A program of `tp` ranks of which one does something wrong first in a step."""
+    _, _, text = program(checkpoint("llama"), tp).read_text().partition("\n")
+    begins = "    kernels.begin_step(batch)\n"
+    assert begins in text
+    guard = f"    if (ranks.rank if ranks else 0) == {wrong_rank}:\n        {wrong}\n"
+    text = text.replace(begins, guard + begins)
+    path = folder / f"wrong-{tp}-{wrong_rank}.py"
+    path.write_text(f"{MAGIC}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tp", "wrong_rank", "wrong", "said"),
+    [
+        (1, 0, "weights.lm_hed", "AttributeError: "),
+        (2, 0, "batch.tokens[10**6]", "IndexError: index 1000000 is out of bounds"),
+        (2, 1, "kv[10**6]", "IndexError: list index out of range"),
+        (2, 1, "int('x')", "ValueError: invalid literal"),
+    ],
+)
+def test_a_wrong_program_on_a_rank_fails_the_instance_in_one_line(
+    tp: int, wrong_rank: int, wrong: str, said: str, tmp_path: Path
+):
+    path = wrong_program(tmp_path, tp, wrong_rank, wrong)
+    one = engine("i0", checkpoint("llama"), tp=str(tp), program=str(path))
+    with contextlib.closing(one):
+        one.submit(plan("i0", {"r": 3}, chunks=[(0, "r", 0, 3)]), [request("r", (1, 2, 3))])
+        (failed,) = one.poll()
+        assert isinstance(failed, Failed)
+        assert failed.request_id is None
+        lost = r"RankLost: rank 1 \(process \d+\) " if wrong_rank else ""
+        assert re.match(rf"{lost}StepFailed: {re.escape(str(path))}:\d+: {said}", failed.error)
+        assert "\n" not in failed.error
+        assert one.poll() == []
 
 
 def test_ranks_that_never_meet_are_an_error_and_no_wait_for_ever(tmp_path: Path, monkeypatch):

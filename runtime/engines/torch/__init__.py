@@ -1,13 +1,15 @@
-"""The reference engine: Llama, Qwen2 and Qwen3 checkpoints on torch, one KV tensor a layer.
+"""The reference engine: Llama, Qwen2, Qwen3, Mixtral and Qwen3-MoE checkpoints on torch, one KV
+tensor a layer.
 
 What each file holds, in the order data passes: config (config.json), share (what a rank holds of a
-model), checkpoint (safetensors to weights), rope, batch (what one step computes, flattened), lanes
-(a batch in parts), program (the forward pass as generated code) or model (the same, written here),
-both over linear (matrix products) and kernels (the rest, in torch) or native (in C, kernels.c,
-where a compiler is found), sampling, row (a request here), residents (the rows and their blocks,
-which are those of runtime/kv), rank (this process's part of steps and KV) over ranks (collectives)
-and rank_processes (the other ranks, each running rank_child), transfer (KV out and in), loading,
-engine (plans to steps to events).
+model), checkpoint (safetensors to weights), ffn (one network, or experts), rope, batch (what one
+step computes, flattened), lanes (a batch in parts), program (the forward pass as generated code) or
+model (the same, written here), both over linear (matrix products) and kernels (the rest, in torch)
+or native (in C, kernels.c, where a compiler is found), sampling, row (a request here), residents
+(the rows and their blocks, which are those of runtime/kv), rank (this process's part of steps and
+KV) over ranks (collectives) and rank_processes (the other ranks, each running rank_child), transfer
+(KV out and in), loading, engine (plans to steps to events). Beside these, live_memory says what a
+step held.
 """
 
 from sagec.runtime.engines import Engine, EngineError, InstanceSpec

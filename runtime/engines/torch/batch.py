@@ -17,6 +17,11 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
+SHORT_PAIRS = 8192
+"""Pairs of tokens that a short span of several tokens has at most. Token by token, a pair takes
+longer; as a chunk, a span begins later. With so many pairs both were measured to take as long."""
+
+
 class Tables(Protocol):
     """The block tables of requests by slot, as a pool keeps them and a `Cut` carries them."""
 
@@ -68,7 +73,11 @@ class Chunk:
     last: int
     context: int
     blocks: torch.Tensor
-    mask: torch.Tensor | None  # [last - first, context], None where plainly causal
+
+    @property
+    def begin(self) -> int:
+        """The position of its first token: so many tokens have KV already."""
+        return self.context - (self.last - self.first)
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,12 @@ def build_batch(
 ) -> Batch:
     """Flatten `spans`, whose blocks the pool holds already.
 
-    Spans of at most `short_tokens` tokens attend token by token; `padded` groups these tokens for
-    an attention in torch, which needs it (spans of one token only then).
+    Spans of at most `short_tokens` tokens attend token by token where they attend to little;
+    `padded` groups these tokens for an attention in torch, which needs it (spans of one token only
+    then).
     """
-    order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens) > short_tokens)
+    is_long = [not _is_short(span, short_tokens) for span in spans]
+    order = sorted(range(len(spans)), key=is_long.__getitem__)
     lengths = np.array([len(spans[i].tokens) for i in order], np.int64)
     ends = lengths.cumsum()
     begins = np.array([spans[i].begin for i in order], np.int64)
@@ -115,7 +126,8 @@ def build_batch(
     tokens = np.fromiter(itertools.chain.from_iterable(spans[i].tokens for i in order), np.int64)
     blocks, offsets = np.divmod(positions, pool.block_tokens)
     kv_slots = pool.tables[owners, blocks] * np.int64(pool.block_tokens) + offsets
-    num_short = int(lengths[lengths <= short_tokens].sum())
+    chunked = range(len(spans) - sum(is_long), len(spans))
+    num_short = int(lengths[: chunked.start].sum())
     samplers = [k for k, i in enumerate(order) if spans[i].samples]
 
     def tensor(array: Int64) -> torch.Tensor:
@@ -128,14 +140,16 @@ def build_batch(
         slots=owners,
         tables=pool.tables,
         num_short=num_short,
-        chunks=tuple(
-            _chunk(spans[order[k]], int(ends[k]), pool, device)
-            for k in np.flatnonzero(lengths > short_tokens)
-        ),
+        chunks=tuple(_chunk(spans[order[k]], int(ends[k]), pool, device) for k in chunked),
         buckets=_buckets(owners[:num_short], positions[:num_short], pool, device) if padded else (),
         sampled=tensor(ends[samplers] - 1),
         samplers=tuple(order[k] for k in samplers),
     )
+
+
+def _is_short(span: Span, short_tokens: int) -> bool:
+    count = len(span.tokens)
+    return count == 1 or (count <= short_tokens and count * span.end <= SHORT_PAIRS)
 
 
 def _blocks_for(tokens: int, pool: Tables) -> int:
@@ -143,12 +157,9 @@ def _blocks_for(tokens: int, pool: Tables) -> int:
 
 
 def _chunk(span: Span, last: int, pool: Tables, device: torch.device) -> Chunk:
-    count = len(span.tokens)
-    mask = None
-    if span.begin:
-        mask = torch.ones(count, span.end, dtype=torch.bool, device=device).tril(span.begin)
     blocks = pool.tables[span.slot, : _blocks_for(span.end, pool)].astype(np.int64)
-    return Chunk(last - count, last, span.end, torch.from_numpy(blocks).to(device), mask)
+    first = last - len(span.tokens)
+    return Chunk(first, last, span.end, torch.from_numpy(blocks).to(device))
 
 
 def _buckets(

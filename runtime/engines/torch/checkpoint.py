@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from sagec.runtime.engines import EngineError
 from sagec.runtime.engines.torch.config import ModelConfig, read_json
+from sagec.runtime.engines.torch.ffn import FFN, Experts
 from sagec.runtime.engines.torch.linear import Linear
 from sagec.runtime.engines.torch.share import Share
 
@@ -33,8 +34,7 @@ class LayerWeights:
     k_norm: torch.Tensor | None  # [head_dim]
     output: Linear  # heads * head_dim -> hidden
     ffn_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # hidden -> 2 * ffn
-    down: Linear  # ffn -> hidden
+    ffn: FFN | Experts
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_weights(
     return Weights(
         embedding=embedding,
         layers=tuple(
-            _layer(config, f"model.layers.{i}", take, share.adds_bias) for i in range(config.layers)
+            _layer(config, f"model.layers.{number}", take, share) for number in range(config.layers)
         ),
         norm=take("model.norm.weight"),
         lm_head=Linear(share.tensor(LM_HEAD, embedding) if config.tied else take(LM_HEAD), None),
@@ -114,10 +114,13 @@ def _layer_shapes(config: ModelConfig) -> dict[str, Shape]:
         "self_attn.k_proj": ((keys, hidden), config.qkv_bias),
         "self_attn.v_proj": ((keys, hidden), config.qkv_bias),
         "self_attn.o_proj": ((hidden, queries), config.output_bias),
-        "mlp.gate_proj": ((ffn, hidden), config.ffn_bias),
-        "mlp.up_proj": ((ffn, hidden), config.ffn_bias),
-        "mlp.down_proj": ((hidden, ffn), config.ffn_bias),
     }
+    if config.experts:
+        linears[_router(config)] = ((config.experts, hidden), False)
+    for number in range(config.experts) if config.experts else (None,):
+        gate, up, down = _ffn_names(config, number)
+        linears |= dict.fromkeys((gate, up), ((ffn, hidden), config.ffn_bias))
+        linears[down] = ((hidden, ffn), config.ffn_bias)
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -131,10 +134,23 @@ def _layer_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def _router(config: ModelConfig) -> str:
+    return "block_sparse_moe.gate" if config.architecture == "mixtral" else "mlp.gate"
+
+
+def _ffn_names(config: ModelConfig, expert: int | None) -> tuple[str, str, str]:
+    """Gate, up and down of a layer, or of one of its experts."""
+    if config.architecture == "mixtral":
+        prefix = f"block_sparse_moe.experts.{expert}"
+        return f"{prefix}.w1", f"{prefix}.w3", f"{prefix}.w2"
+    prefix = "mlp" if expert is None else f"mlp.experts.{expert}"
+    return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
+
+
 def _layer(
-    config: ModelConfig, prefix: str, take: Callable[..., torch.Tensor], sums_bias: bool
+    config: ModelConfig, prefix: str, take: Callable[..., torch.Tensor], share: Share
 ) -> LayerWeights:
-    """sums_bias: whether this rank adds the biases of output and down."""
+    """One rank adds the biases of output and down."""
 
     def norm(name: str) -> torch.Tensor:
         return take(f"{prefix}.{name}.weight")
@@ -143,15 +159,29 @@ def _layer(
         bias = take(*(f"{prefix}.{name}.bias" for name in names)) if biased else None
         return Linear(take(*(f"{prefix}.{name}.weight" for name in names)), bias)
 
+    def ffn(expert: int | None) -> FFN:
+        gate, up, down = _ffn_names(config, expert)
+        bias = config.ffn_bias
+        return FFN(linear(bias, gate, up), linear(bias and share.adds_bias, down))
+
+    def experts() -> Experts:
+        held = share.experts(config)
+        return Experts(
+            router=linear(False, _router(config)),
+            held=tuple(ffn(number) for number in held),
+            first=held.start,
+            per_token=config.experts_per_token,
+            is_scaled=config.scales_experts,
+        )
+
     return LayerWeights(
         norm=norm("input_layernorm"),
         qkv=linear(config.qkv_bias, *(f"self_attn.{name}_proj" for name in "qkv")),
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        output=linear(config.output_bias and sums_bias, "self_attn.o_proj"),
+        output=linear(config.output_bias and share.adds_bias, "self_attn.o_proj"),
         ffn_norm=norm("post_attention_layernorm"),
-        gate_up=linear(config.ffn_bias, "mlp.gate_proj", "mlp.up_proj"),
-        down=linear(config.ffn_bias and sums_bias, "mlp.down_proj"),
+        ffn=experts() if config.experts else ffn(None),
     )
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from sagec.runtime.engines import EngineError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_ROPE_THETA = 10_000.0
 
@@ -34,7 +34,11 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape and constants of a model, independent of how its config.json spells them."""
+    """Shape and constants of a model, independent of how its config.json spells them.
+
+    ffn: the width of the hidden layer, or of each expert's; experts: 0 where the model is dense.
+    scales_experts: whether a token's shares in its experts sum up to 1.
+    """
 
     architecture: str
     vocab: int
@@ -54,6 +58,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tied: bool
     dtype: str
     eos_tokens: tuple[int, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
+    scales_experts: bool = False
 
 
 class Fields:
@@ -128,7 +135,9 @@ def read_config(folder: Path) -> ModelConfig:
         architecture=architecture,
         vocab=fields.integer("vocab_size"),
         hidden=hidden,
-        ffn=fields.integer("intermediate_size"),
+        ffn=fields.integer(
+            "moe_intermediate_size" if architecture == "qwen3_moe" else "intermediate_size"
+        ),
         layers=fields.integer("num_hidden_layers"),
         heads=heads,
         kv_heads=fields.integer("num_key_value_heads", heads),
@@ -139,10 +148,11 @@ def read_config(folder: Path) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias and architecture != "qwen2",
         ffn_bias=architecture == "llama" and fields.flag("mlp_bias", False),
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "qwen3_moe"),
         tied=fields.flag("tie_word_embeddings", False),
         dtype=_dtype(fields),
         eos_tokens=_eos_tokens(folder, fields),
+        **_experts(fields, architecture),
     )
     _check_heads(config, fields.place)
     return config
@@ -165,6 +175,11 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise EngineError(
             f"{fields.place}: quantization_config is set; this engine runs unquantised weights"
         )
+    if values.get("model_type") == "mixtral" and values.get("sliding_window") is not None:
+        raise EngineError(
+            f"{fields.place}: sliding_window is {values['sliding_window']!r}; this engine computes "
+            "full attention only, so it must be null"
+        )
     kinds = values.get("layer_types")
     window = values.get("use_sliding_window") and values.get("sliding_window") is not None
     if kinds is None and window:
@@ -176,6 +191,25 @@ def _refuse_unsupported(fields: Fields) -> None:
             f"{fields.place}: layer_types has {others[0]!r}; this engine computes full attention "
             "only, so use_sliding_window must be false"
         )
+
+
+def _experts(fields: Fields, architecture: str) -> dict[str, Any]:
+    """What ModelConfig says of experts; nothing of a dense model."""
+    if architecture not in ("mixtral", "qwen3_moe"):
+        return {}
+    # transformers 5 writes one name for both families, 4 another one for the second.
+    name = "num_experts" if fields.values.get("num_experts") else "num_local_experts"
+    experts, chosen = fields.integer(name), fields.integer("num_experts_per_tok")
+    if chosen > experts:
+        raise EngineError(
+            f"{fields.place}: num_experts_per_tok is {chosen}; there are {experts} experts"
+        )
+    step = fields.integer("decoder_sparse_step", 1)
+    if step > 1 or (dense := fields.values.get("mlp_only_layers")):
+        said = f"decoder_sparse_step is {step}" if step > 1 else f"mlp_only_layers is {dense!r}"
+        raise EngineError(f"{fields.place}: {said}; this engine wants experts in all layers")
+    scales = architecture == "mixtral" or fields.flag("norm_topk_prob", False)
+    return {"experts": experts, "experts_per_token": chosen, "scales_experts": scales}
 
 
 def _check_heads(config: ModelConfig, place: str) -> None:

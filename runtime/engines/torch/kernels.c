@@ -76,13 +76,16 @@ void add_norm(element *hidden, const element *added, const element *weight, elem
     }
 }
 
-/* out[row, i] = silu(gate) * up of gate_up [rows, 2 * width]. */
-void silu_multiply(const element *gate_up, element *out, int64_t rows, int64_t width) {
+/* silu(gate) * up of gate_up [rows, 2 * width], as [rows, width] over its first half: a row goes
+   where rows are that are done, row 0 over its own gate, element by element. */
+void silu_multiply(element *gate_up, int64_t rows, int64_t width) {
     for (int64_t row = 0; row < rows; row++) {
         const element *gate = gate_up + row * 2 * width, *up = gate + width;
+        element *out = gate_up + row * width;
+#pragma GCC ivdep
         for (int64_t i = 0; i < width; i++) {
             float x = load(gate[i]), away = exponential(x < -87.0f ? 87.0f : -x);
-            out[row * width + i] = store(load(store(x / (1.0f + away))) * load(up[i]));
+            out[i] = store(load(store(x / (1.0f + away))) * load(up[i]));
         }
     }
 }

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from sagec.runtime.engines.torch.batch import Batch, Bucket
+from sagec.runtime.engines.torch.batch import Batch, Bucket, Chunk
 from sagec.runtime.engines.torch.checkpoint import LayerWeights
 from sagec.runtime.engines.torch.config import ModelConfig
+from sagec.runtime.engines.torch.ffn import FFN, Experts
 
 
 class Kernels(Protocol):
@@ -55,6 +56,16 @@ def attention(
     return out
 
 
+def feed_forward(kernels: Kernels, normed: torch.Tensor, ffn: FFN | Experts) -> torch.Tensor:
+    """What a layer's network, or its experts of this rank, make of [T, hidden]: the same shape."""
+    if isinstance(ffn, FFN):
+        return ffn.down(kernels.silu_multiply(ffn.gate_up(normed)))
+    added = torch.zeros_like(normed)
+    for expert, rows, share in ffn.routed(normed):
+        added.index_add_(0, rows, feed_forward(kernels, normed[rows], expert).mul_(share))
+    return added
+
+
 class TorchKernels:
     """Plain torch, one operation after the other."""
 
@@ -80,9 +91,9 @@ class TorchKernels:
         return F.rms_norm(hidden, weight.shape, weight, self._config.norm_eps)
 
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn]."""
+        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn]; `gate_up` may be changed."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def store_kv(
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights
@@ -118,17 +129,33 @@ class TorchKernels:
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, out: torch.Tensor
     ) -> None:
         """Attention of the batch's chunks, one after the other, into their rows of `out`."""
-        if not batch.chunks:
-            return
-        queries, rows = self._queries(qkv), self._by_head(out)
         for chunk in batch.chunks:
-            states = kv.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context]
-            keys, values = self._for_groups(states.permute(1, 2, 0, 3))
-            asked = self._in_groups(queries[chunk.first : chunk.last]).permute(1, 2, 0, 3)
-            attended = F.scaled_dot_product_attention(
-                asked, keys, values, chunk.mask, is_causal=chunk.mask is None, scale=self._scale
-            )
-            rows[chunk.first : chunk.last] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+            attended = self._attend_chunk(qkv[chunk.first : chunk.last], kv, chunk)
+            out[chunk.first : chunk.last].view(attended.shape).copy_(attended)
+            del attended  # before there is that of the next
+
+    def _attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """What a chunk's rows attend: [n, kv_heads, heads of each, head_dim]."""
+        keys, values = self._for_groups(self._kv_of(chunk, qkv, kv).permute(1, 2, 0, 3))
+        asked = self._in_groups(self._queries(qkv)).permute(1, 2, 0, 3)
+        mask = self._mask(chunk, qkv) if chunk.begin else None
+        attended = F.scaled_dot_product_attention(
+            asked, keys, values, mask, is_causal=mask is None, scale=self._scale
+        )
+        return attended.permute(2, 0, 1, 3)
+
+    def _kv_of(self, chunk: Chunk, qkv: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """KV that a chunk attends to, [context, 2, kv_heads, head_dim]: a copy out of its blocks,
+        or where it begins its request simply what the step computed."""
+        if chunk.begin:
+            return kv.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context]
+        states = self._by_head(qkv)[:, self._config.heads :]
+        return states.view(len(states), 2, self._config.kv_heads, self._config.head_dim)
+
+    def _mask(self, chunk: Chunk, like: torch.Tensor) -> torch.Tensor:
+        """What to add to a chunk's scores [tokens, context]: each attends up to itself."""
+        scores = like.new_full((len(like), chunk.context), float("-inf"))
+        return scores.triu_(chunk.begin + 1)
 
     def _queries(self, qkv: torch.Tensor) -> torch.Tensor:
         """The queries [T, heads, head_dim] in `qkv`."""

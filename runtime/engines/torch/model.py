@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sagec.runtime.engines.torch.batch import Batch
 from sagec.runtime.engines.torch.checkpoint import Weights
 from sagec.runtime.engines.torch.config import ModelConfig
-from sagec.runtime.engines.torch.kernels import Kernels, attention
+from sagec.runtime.engines.torch.kernels import Kernels, attention, feed_forward
 from sagec.runtime.engines.torch.program import Program
 from sagec.runtime.engines.torch.ranks import Ranks
 
@@ -55,8 +55,8 @@ class Model:
         for layer, kv in zip(weights.layers, self.kv, strict=True):
             qkv = layer.qkv(kernels.add_norm(hidden, added, layer.norm))
             attended = layer.output(attention(kernels, qkv, kv, batch, layer))
-            gate_up = layer.gate_up(kernels.add_norm(hidden, attended, layer.ffn_norm))
-            added = layer.down(kernels.silu_multiply(gate_up))
+            normed = kernels.add_norm(hidden, attended, layer.ffn_norm)
+            added = feed_forward(kernels, normed, layer.ffn)
         if added is not None:
             added = added[batch.sampled]
         return weights.lm_head(kernels.add_norm(hidden[batch.sampled], added, weights.norm))

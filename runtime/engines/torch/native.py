@@ -20,12 +20,13 @@ FLAGS = (
     *("-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
 )
 ELEMENTS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",), torch.float16: ("-DFLOAT16",)}
-SHORT_TOKENS = 8
-"""Spans up to this length attend token by token in C, longer ones by torch's fused attention."""
+SHORT_TOKENS = 64
+"""Spans up to this length attend token by token in C, longer ones by torch's fused attention; also
+those that attend to much, see `SHORT_PAIRS`."""
 
 _ARGUMENTS = {  # i: a 64-bit integer, p: a pointer, f: a float
     "add_norm": "ppppiif",
-    "silu_multiply": "ppii",
+    "silu_multiply": "pii",
     "store_kv": "pippppppp",
     "attend": "pipppipppp",
 }
@@ -97,11 +98,10 @@ class NativeKernels:
         return out
 
     def silu_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn]."""
-        rows, width = gate_up.shape
-        out = gate_up.new_empty(rows, width // 2)
-        self._library.silu_multiply(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
-        return out
+        """silu(gate) * up of [T, 2 * ffn] -> [T, ffn], in the first half of the same memory."""
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        self._library.silu_multiply(gate_up.data_ptr(), rows, width)
+        return gate_up.as_strided((rows, width), (width, 1))
 
     def store_kv(
         self, qkv: torch.Tensor, kv: torch.Tensor, batch: Batch, weights: LayerWeights

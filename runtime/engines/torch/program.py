@@ -20,6 +20,9 @@ from sagec.runtime.engines.torch.config import ModelConfig
 
 MAGIC = "# sagec torch program 1 sha256 "
 PHASES = ("prefill", "decode", "hybrid")
+MODULE = "sagec_program"
+"""What the functions of a program know as their module."""
+
 REMEDY = "generate it again with: sagec compile --emit torch"
 
 Function = Callable[..., torch.Tensor]
@@ -93,10 +96,12 @@ def _check_shape(path: Path, said: dict[str, int], config: ModelConfig, tp: int)
         "head_dim": config.head_dim,
         "layers": config.layers,
         "ffn": config.ffn,
+        "experts": config.experts,
+        "experts_per_token": config.experts_per_token,
         "vocab": -(-config.vocab // tp),
     }
     for name, value in wanted.items():
-        if said.get(name) != value:
+        if said.get(name, 0) != value:
             ranks = f" on each of {tp} ranks" if tp > 1 else ""
             raise EngineError(
                 f"program {path}: it is for {name} {said.get(name)}, and the model has "
@@ -107,7 +112,7 @@ def _check_shape(path: Path, said: dict[str, int], config: ModelConfig, tp: int)
 @functools.lru_cache(maxsize=64)
 def _compiled(path: str, text: str) -> dict[str, Any]:
     """What the program defines; the same objects for the same text."""
-    defined: dict[str, Any] = {"__name__": "sagec_program", "__file__": path}
+    defined: dict[str, Any] = {"__name__": MODULE, "__file__": path}
     exec(compile(text, path, "exec"), defined)
     return defined
 

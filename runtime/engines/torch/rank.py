@@ -5,6 +5,7 @@ asked it tells the others first, who do the same, so that collectives meet.
 """
 
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from sagec.runtime.engines.torch.batch import Cut, Span, Tables, build_batch, cut
 from sagec.runtime.engines.torch.model import Model
+from sagec.runtime.engines.torch.program import MODULE
 from sagec.runtime.engines.torch.rank_processes import RankProcesses
 from sagec.runtime.engines.torch.ranks import RankLost, Ranks
 
@@ -40,6 +42,22 @@ class Write:
 
 
 Message = Compute | Read | Write
+
+_TOLD = (RuntimeError, MemoryError, OSError)
+"""What torch and the sockets raise; it says by itself what was wrong."""
+
+
+class StepFailed(RuntimeError):
+    """A step that a wrong program, or wrong code of ours, did not come through."""
+
+    @staticmethod
+    def by(error: Exception) -> "StepFailed":
+        """With what was raised, and where: the last line of the program, if it came that far."""
+        frames = list(traceback.walk_tb(error.__traceback__))
+        of_program = [at for at in frames if at[0].f_globals.get("__name__") == MODULE]
+        frame, line = (of_program or frames)[-1]
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return StepFailed(f"{frame.f_code.co_filename}:{line}: {words}")
 
 
 class Rank:
@@ -128,15 +146,17 @@ class Rank:
 
     @contextmanager
     def _together(self, message: Message | None) -> Iterator[None]:
-        """Tell the others, if this is rank 0; where anything fails then, end them and say why."""
-        if self.others is None or message is None:
-            yield
-            return
+        """Tell the others, if this is rank 0; where anything fails then, end them and say why.
+
+        A program is code from a file and may raise anything; all of it is a RuntimeError here.
+        """
         try:
-            self.others.tell(message)
+            if self.others is not None and message is not None:
+                self.others.tell(message)
             yield
-        except (RuntimeError, MemoryError, OSError) as error:
-            raise self.others.end(error) from None
+        except Exception as error:
+            told = error if isinstance(error, _TOLD) else StepFailed.by(error)
+            raise (told if self.others is None else self.others.end(told)) from None
 
     def _gathered(self, ranks: Ranks, mine: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if ranks.rank:

@@ -83,9 +83,9 @@ class Ranks:
     def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """All ranks' tensors, which have one shape, one behind the other along `axis`."""
         self._count([tensor])
-        parts = [torch.empty_like(tensor, memory_format=_PLAIN) for _ in range(self.size)]
-        self.wait_for(self._begin("allgather", [parts], [tensor.contiguous()]))
-        return torch.cat(parts, dim=axis)
+        whole = tensor.new_empty((self.size, *tensor.shape))
+        self.wait_for(self._begin("allgather", [list(whole)], [tensor.contiguous()]))
+        return torch.cat(list(whole), dim=axis) if axis else whole.flatten(0, 1)
 
     def reduce_scatter(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """This rank's share, along `axis`, of the sum; the axis splits evenly over the ranks."""

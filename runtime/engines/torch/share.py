@@ -2,7 +2,8 @@
 
 Queries, keys, values, gate and up are divided by output, so that a rank has whole heads and a part
 of the hidden layer; attention's output and down by input, so that their products sum up over the
-ranks; the rows of the output head by token. Embedding and norms are whole on each rank.
+ranks; the rows of the output head by token. Embedding and norms are whole on each rank, and so are
+experts, which the ranks divide up, and the router.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ class Share:
         counts = {
             "heads": config.heads,
             "KV heads": config.kv_heads,
-            "columns of the hidden layer": config.ffn,
         }
+        if config.experts:
+            counts["experts"] = config.experts
+        else:
+            counts["columns of the hidden layer"] = config.ffn
         return [
             f"{count} {name} do not split over tp {self.size}; what does: {_divisors(count)}"
             for name, count in counts.items()
@@ -46,8 +50,14 @@ class Share:
             config,
             heads=config.heads // self.size,
             kv_heads=config.kv_heads // self.size,
-            ffn=config.ffn // self.size,
+            ffn=config.ffn if config.experts else config.ffn // self.size,
+            experts=config.experts // self.size,
         )
+
+    def experts(self, config: ModelConfig) -> range:
+        """The numbers of the rank's experts, of a whole model without faults."""
+        count = config.experts // self.size
+        return range(self.rank * count, (self.rank + 1) * count)
 
     @property
     def adds_bias(self) -> bool:
@@ -56,7 +66,7 @@ class Share:
 
     def tensor(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """The rank's part of the checkpoint's tensor `name`."""
-        if self.size == 1:
+        if self.size == 1 or ".experts." in name:
             return whole
         layer, kind = name.split(".")[-2:]
         if layer in _BY_OUTPUT:

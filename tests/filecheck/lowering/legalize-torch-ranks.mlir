@@ -62,6 +62,26 @@ pd.graph @uneven_ffn {
 
 // -----
 
+// So are experts, each of which is whole on its rank.
+// CHECK: error: instance @x: 6 experts do not split over tp 4
+// CHECK: what does: 1, 2, 3
+
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 4, head_dim = 32, ffn = 126, vocab = 257, experts = 6, experts_per_token = 2}
+cluster.device @g0
+cluster.device @g1 like @g0
+cluster.device @g2 like @g0
+cluster.device @g3 like @g0
+cluster.link @g0 to @g2
+cluster.instance @x on [@g0, @g1, @g2, @g3] engine "torch" role both model @m {tp = 4, kv_blocks = 400}
+pd.graph @uneven_experts {
+  %new = pd.requests ["a": prompt 80 generate 32]
+  %kv = pd.prefill %new on @x
+  %end = pd.decode %kv on @x
+  pd.yield %end
+}
+
+// -----
+
 // Ranks compute on CPUs.
 // CHECK: error: instance @x: tp 2 on h200
 // CHECK: torch shares a model out over kind cpu alone

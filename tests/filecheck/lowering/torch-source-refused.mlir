@@ -6,19 +6,6 @@ cluster.device @g0
 
 // -----
 
-// Experts.
-// CHECK: exec.ffn has 4 experts
-// CHECK: the torch engine computes dense models only: turbomind and vllm run experts
-exec.graph @experts {phase = "decode", model = "m"} {
-  %0 = exec.input -> !exec.tensor<[1], i32, @g0>
-  %1 = exec.embedding %0 -> !exec.tensor<[1, 8], f32, @g0>
-  %2, %3 = exec.norm %1 {layer = 0} -> !exec.tensor<[1, 8], f32, @g0>, !exec.tensor<[1, 8], f32, @g0>
-  %4 = exec.ffn %2 {layer = 0, width = 16, experts = 4, experts_per_token = 2} -> !exec.tensor<[1, 8], f32, @g0>
-  exec.yield %4
-}
-
-// -----
-
 // Pipeline stages.
 // CHECK: exec.graph @stages has pp 2
 // CHECK: the torch engine has no pipeline stages: pp 1

@@ -26,6 +26,7 @@
 // CHECK-NEXT:     for layer, cache in zip(weights.layers, kv, strict=True):
 // CHECK-NEXT:         # norm [T, 8]
 // CHECK-NEXT:         normed = kernels.add_norm(stream, ffn, layer.norm)
+// CHECK-NEXT:         del ffn
 // CHECK-NEXT:         # qkv [T, 16]
 // CHECK-NEXT:         qkv = layer.qkv(normed)
 // CHECK-NEXT:         del normed
@@ -34,17 +35,22 @@
 // CHECK-NEXT:         attended = kernels.empty_attended(qkv)
 // CHECK-NEXT:         # decode_attention [T, 8]
 // CHECK-NEXT:         kernels.attend_tokens(qkv, cache, batch, attended)
+// CHECK-NEXT:         del qkv
 // CHECK-NEXT:         # projection [T, 8]
 // CHECK-NEXT:         added = layer.output(attended)
-// CHECK-NEXT:         del qkv, attended
+// CHECK-NEXT:         del attended
 // CHECK-NEXT:         # norm [T, 8]
 // CHECK-NEXT:         normed = kernels.add_norm(stream, added, layer.ffn_norm)
+// CHECK-NEXT:         del added
 // CHECK-NEXT:         # ffn [T, 8]
-// CHECK-NEXT:         ffn = layer.down(kernels.silu_multiply(layer.gate_up(normed)))
+// CHECK-NEXT:         ffn = layer.ffn.down(kernels.silu_multiply(layer.ffn.gate_up(normed)))
+// CHECK-NEXT:         del normed
 // CHECK-NEXT:     # norm [S, 8]
 // CHECK-NEXT:     normed = kernels.add_norm(stream[batch.sampled], ffn[batch.sampled], weights.norm)
+// CHECK-NEXT:     del stream, ffn
 // CHECK-NEXT:     # lm_head [S, 10]
 // CHECK-NEXT:     logits = weights.lm_head(normed)
+// CHECK-NEXT:     del normed
 // CHECK-NEXT:     return logits
 exec.graph @looped {phase = "decode", model = "m"} {
   %ids = exec.input -> !exec.tensor<[3], i32, @g0>
@@ -85,19 +91,23 @@ exec.graph @looped {phase = "decode", model = "m"} {
 // CHECK-NEXT: kernels.attend_chunks(qkv, cache, batch, attended)
 // CHECK-NEXT: # decode_attention [1, 8]
 // CHECK-NEXT: kernels.attend_tokens(qkv, cache, batch, attended)
+// CHECK-NEXT: del qkv
 // CHECK-NEXT: # projection [T, 8]
 // CHECK-NEXT: added = layer.output(attended)
-// CHECK-NEXT: del qkv, attended
+// CHECK-NEXT: del attended
 // CHECK-NEXT: # all_reduce [T, 8], 9 us
 // CHECK-NEXT: work = ranks.begin_all_reduce([added])
 // CHECK-NEXT: work.wait()
+// CHECK-NEXT: del work
 // CHECK-NEXT: # norm [T, 8]
 // CHECK-NEXT: normed = kernels.add_norm(hidden, added, layer.ffn_norm)
-// CHECK: added = layer.down(kernels.silu_multiply(layer.gate_up(normed)))
+// CHECK: added = layer.ffn.down(kernels.silu_multiply(layer.ffn.gate_up(normed)))
+// CHECK-NEXT: del normed
 // CHECK-NEXT: # all_reduce [T, 8]
 // CHECK-NEXT: ranks.all_reduce([added])
 // CHECK: # lm_head [S, 5]
 // CHECK-NEXT: logits = weights.lm_head(normed)
+// CHECK-NEXT: del normed
 // CHECK-NEXT: # all_gather [S, 10]
 // CHECK-NEXT: logits = ranks.all_gather(logits, 1)
 // CHECK-NEXT: return logits
@@ -135,10 +145,11 @@ exec.graph @of_two_ranks {phase = "hybrid", model = "m", tp = 2} {
 // CHECK-NEXT: batch_0, batch_1 = lanes_of(batch, 2)
 // CHECK: attended = kernels.empty_attended(qkv)
 // CHECK: added = layer.output(attended)
-// CHECK-NEXT: del qkv, attended
+// CHECK-NEXT: del attended
 // CHECK-NEXT: clone = hidden.clone()
 // CHECK-NEXT: # norm [T, 8]
 // CHECK-NEXT: normed = kernels.add_norm(clone, added, layer.ffn_norm)
+// CHECK-NEXT: del added
 // CHECK-NEXT: # slice [T0, 8]
 // CHECK-NEXT: part = normed[: len(batch_0.tokens)]
 // CHECK-NEXT: # slice [T1, 8]
@@ -146,6 +157,7 @@ exec.graph @of_two_ranks {phase = "hybrid", model = "m", tp = 2} {
 // CHECK: whole = torch.cat([added, added_2])
 // CHECK-NEXT: # norm [T, 8]
 // CHECK-NEXT: normed = kernels.add_norm(hidden, whole, weights.norm)
+// CHECK-NEXT: del whole
 // CHECK-NEXT: # lm_head [S, 10]
 // CHECK-NEXT: logits = weights.lm_head(normed[batch.sampled])
 exec.graph @cut {phase = "decode", model = "m"} {
@@ -177,8 +189,10 @@ exec.graph @cut {phase = "decode", model = "m"} {
 // CHECK-NEXT: """
 // CHECK-NEXT: batch_0, batch_1 = lanes_of(batch, 2)
 // CHECK: logits = weights.lm_head(hidden[batch_0.sampled])
+// CHECK-NEXT: del hidden
 // CHECK-NEXT: # lm_head [S, 5]
 // CHECK-NEXT: logits_2 = weights.lm_head(hidden_2[batch_1.sampled])
+// CHECK-NEXT: del hidden_2
 // CHECK-NEXT: # all_gather [S, 10]
 // CHECK-NEXT: logits_2 = ranks.all_gather(logits_2, 1)
 // CHECK-NEXT: # all_gather [S, 10]
@@ -195,4 +209,27 @@ exec.graph @of_two_lanes {phase = "hybrid", model = "m", tp = 2} {
   %8 = exec.sample %6 -> !exec.tensor<[1], i32, @g0>
   %9 = exec.sample %7 -> !exec.tensor<[1], i32, @g0>
   exec.yield %9, %8
+}
+
+// -----
+
+// Experts: the router chooses, and each computes the rows that go to it, one after the other.
+// CHECK: "experts": 4,
+// CHECK-NEXT: "experts_per_token": 2,
+// CHECK: def decode(weights, kernels, kv, batch, ranks):
+// CHECK: # ffn [T, 8], of experts
+// CHECK-NEXT: added = torch.zeros_like(normed)
+// CHECK-NEXT: for expert, rows, share in layer.ffn.routed(normed):
+// CHECK-NEXT:     made = expert.down(kernels.silu_multiply(expert.gate_up(normed[rows])))
+// CHECK-NEXT:     added.index_add_(0, rows, made.mul_(share))
+// CHECK-NEXT:     del made
+exec.graph @experts {phase = "decode", model = "m"} {
+  %0 = exec.input -> !exec.tensor<[1], i32, @g0>
+  %1 = exec.embedding %0 -> !exec.tensor<[1, 8], f32, @g0>
+  %2, %3 = exec.norm %1 {layer = 0} -> !exec.tensor<[1, 8], f32, @g0>, !exec.tensor<[1, 8], f32, @g0>
+  %4 = exec.ffn %2 {layer = 0, width = 16, experts = 4, experts_per_token = 2} -> !exec.tensor<[1, 8], f32, @g0>
+  %5, %6 = exec.norm %3, %4 -> !exec.tensor<[1, 8], f32, @g0>, !exec.tensor<[1, 8], f32, @g0>
+  %7 = exec.lm_head %5 rows #pd.column<0> -> !exec.tensor<[1, 10], f32, @g0>
+  %8 = exec.sample %7 -> !exec.tensor<[1], i32, @g0>
+  exec.yield %8
 }
