@@ -1,55 +1,97 @@
 """How close a simulation comes to the torch engine: the same workload on both, side by side.
 
-    taskset -c 0,1 python benchmarks/fidelity.py --out out
+    OMP_NUM_THREADS=1 python benchmarks/fidelity.py --out out
 
-A model of 28 M parameters is made on the spot and its steps are measured (`sagec profile`). Then a
-workload is served by `sagec run` on the torch engine, in a process of its own, and by
-`sagec simulate` with that profile. The error of a quantile is (simulated - real) / real; real is
-the median of the turns.
+A model of 28 M parameters is made on the spot. Each turn makes an engine anew, measures its steps
+and the loop's turns as `sagec profile` does, serves the workloads on that engine and simulates them
+with that profile: steps in one process have been 10% faster than in the next, all else the same.
+One instance is in the loop's own process; a prefill and a decode instance are in processes of their
+own (`sagec run`). The error of a quantile is (simulated - real) / real, the median of the turns. As
+in the profile, time in which the one process wanted a processor that others had does not count.
+What steps took against the profile is said beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tables
 from engine import VOCAB, make_model
+from xdsl.dialects.builtin import ModuleOp
 
-CLUSTER = """
+from sagec.cli.serving import spec_of
+from sagec.compiler import Compiler
+from sagec.passes.topology import Instance as Placed
+from sagec.passes.topology import topology_of
+from sagec.planner import member_of, planner_of
+from sagec.runtime import engines, profile
+from sagec.runtime.clock import WallClock
+from sagec.runtime.cost import Fit
+from sagec.runtime.engines import Engine, StepReport
+from sagec.runtime.executor import ExecutorAPI
+from sagec.runtime.loop import Finished
+from sagec.runtime.loop_timer import measure
+from sagec.runtime.profile import Profile
+from sagec.runtime.report import RequestReport
+from sagec.runtime.request import Request
+from sagec.runtime.step_timer import Grid, StepTimer
+from sagec.simulation import simulate
+
+MODEL = """
 model m from "{folder}"
 cluster c {{
-  device cpu kind cpu profile "{profile}"
-  instance i0 role both on cpu engine torch model m kv_blocks 600 block 16 budget 256 max_batch 32
-      options "prefix_cache=off"
+  device cpu kind cpu {profile}
+{instances}
 }}
 serve on c mode {mode} chunk 128 horizon 16 {{
 {requests}
 }}
 """
 
+SETTINGS = """engine torch model m kv_blocks 600 block 16 budget 256 max_batch 32
+      options "prefix_cache=off\""""
+
+ONE = f"  instance i0 role both on cpu {SETTINGS}"
+
+PAIR = f"""  instance p0 role prefill on cpu {SETTINGS}
+  instance d0 role decode on cpu {SETTINGS}"""
+
 LOADS = {"light": 1.2, "busy": 2.5, "crowded": 5.0}
 """Requests a second, of about 200 prompt tokens and 40 of output."""
 
-FIGURES = ("ttft_ms", "tpot_ms", "e2e_ms")
+Case = tuple[str, str, str]
+"""Instances, mode and load."""
+
+CASES: tuple[Case, ...] = (
+    *(("one", mode, load) for mode in ("hybrid", "time-share") for load in LOADS),
+    ("pair", "strict", "busy"),
+)
+
+Figures = dict[str, float]
+"""Milliseconds, by figure and quantile."""
 
 
 @dataclass(frozen=True)
 class Error:
     """A quantile of a figure on the engine, simulated, and how far they are from each other."""
 
-    load: str
+    instances: str
     mode: str
+    load: str
     figure: str
     real_ms: float
     simulated_ms: float
@@ -77,18 +119,12 @@ def sagec(*words: str) -> str:
     return done.stdout
 
 
-def real(file: Path) -> dict[str, float]:
-    """Quantiles of a run on the engine."""
-    rows = json.loads(sagec("run", str(file), "--json"))["requests"]
-    e2e = [
-        row["ttft_ms"] + row["tpot_ms"] * (row["output_tokens"] - 1)
-        for row in rows
-        if row["tpot_ms"] is not None
-    ]
+def figures_of(rows: Sequence[tuple[float, float | None, int]]) -> Figures:
+    """Quantiles over requests: TTFT and TPOT in milliseconds, and tokens of output."""
     found = {
-        "ttft_ms": [row["ttft_ms"] for row in rows],
-        "tpot_ms": [row["tpot_ms"] for row in rows if row["tpot_ms"] is not None],
-        "e2e_ms": e2e,
+        "TTFT": [ttft for ttft, _, _ in rows],
+        "TPOT": [tpot for _, tpot, _ in rows if tpot is not None],
+        "end-to-end": [ttft + (tpot or 0.0) * (tokens - 1) for ttft, tpot, tokens in rows],
     }
     return {
         f"{figure} p{q}": float(np.percentile(values, q))
@@ -97,66 +133,220 @@ def real(file: Path) -> dict[str, float]:
     }
 
 
-def simulated(file: Path) -> dict[str, float]:
-    """The same of a simulation."""
-    total: dict[str, Any] = json.loads(sagec("simulate", str(file), "--json"))["total"]
-    return {f"{figure} p{q}": total[figure][f"p{q}"] for figure in FIGURES for q in (50, 99)}
+def figures_of_reports(reports: Sequence[RequestReport]) -> Figures:
+    """The same of the loop's own reports, all of requests that were served."""
+    rows = []
+    for report in reports:
+        assert report.ttft_us is not None
+        tpot = None if report.tpot_us is None else report.tpot_us / 1e3
+        rows.append((report.ttft_us / 1e3, tpot, report.output_tokens))
+    return figures_of(rows)
 
 
-def errors(folder: Path, count: int, turns: int) -> list[Error]:
-    """Serve every load in both modes on both."""
-    make_model(folder / "model")
-    profile = folder / "here.json"
-    print(sagec("profile", str(folder / "model"), "-o", str(profile)))
+def simulated(file: Path) -> Figures:
+    """Of a simulation."""
+    compiler = Compiler()
+    unit = compiler.read(str(file))
+    planner, requests = compiler.planner(unit.module), unit.requests(counted=True)
+    found = simulate(unit.module, requests, unit.make_strategy(), planner)
+    return figures_of_reports(found.reports)
+
+
+# On the engine
+
+
+class Undisturbed(WallClock):
+    """The wall's time, less that in which this thread wanted a processor that others had; the
+    wall's where the system does not count it."""
+
+    def now_us(self) -> int:
+        file = _schedstat()
+        waited_ns = int(os.pread(file, 64, 0).split()[1]) if file is not None else 0
+        return super().now_us() - waited_ns // 1000
+
+
+@functools.cache
+def _schedstat() -> int | None:
+    """This thread's counters, open for as long as the process lives; opening takes time."""
+    try:
+        return os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        return None
+
+
+Ratios = dict[str, list[float]]
+"""What steps took against what they should, by kind."""
+
+
+class Steps:
+    """Holds the steps of runs against a profile."""
+
+    def __init__(self, fit: Fit, ratios: Ratios) -> None:
+        """ratios: where they are noted."""
+        self._fit, self._ratios = fit, ratios
+        self._tokens: dict[str, int] = {}
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Another run, of these requests."""
+        self._tokens = {request.id: len(request.prompt) for request in requests}
+
+    def hear(self, said: object) -> None:
+        """Listen."""
+        if not isinstance(said, StepReport) or not (said.chunks or said.decodes):
+            return
+        held = sum(self._tokens[name] for name in said.decodes)
+        pairs = sum((e * (e + 1) - b * (b + 1)) / 2 for _, b, e in said.chunks)
+        tokens = sum(e - b for _, b, e in said.chunks) + len(said.decodes)
+        kind = "mixed" if said.chunks and said.decodes else "prefill" if said.chunks else "decode"
+        expected_us = self._fit.one(tokens, pairs + held, held, len(said.decodes))
+        self._ratios.setdefault(kind, []).append((said.end_us - said.begin_us) / expected_us)
+        for name, _, _ in said.tokens:
+            self._tokens[name] += 1
+
+
+def served_here(file: Path, engine: Engine, steps: Steps) -> Figures:
+    """Serve on the engine, in this process."""
+    compiler = Compiler()
+    unit = compiler.read(str(file))
+    (placed,) = topology_of(unit.module).instances
+    requests = unit.requests()
+    steps.begin(requests)
+    member = member_of(placed, engine)
+    executor = ExecutorAPI({placed.name: engine}, [member], Undisturbed(), [steps.hear])
+    outputs = executor.serve(requests, unit.make_strategy(), compiler.planner(unit.module))
+    return figures_of_reports([o.report for o in outputs if isinstance(o, Finished)])
+
+
+def served_apart(file: Path) -> Figures:
+    """Serve on engines in processes of their own."""
+    rows: list[dict[str, Any]] = json.loads(sagec("run", str(file), "--json"))["requests"]
+    return figures_of([(row["ttft_ms"], row["tpot_ms"], row["output_tokens"]) for row in rows])
+
+
+def text_of(folder: Path, case: Case, requests: str, measured: Path | None = None) -> str:
+    """A case as .sage has it. measured: the profile."""
+    instances, mode, _ = case
+    return MODEL.format(
+        folder=folder / "model",
+        profile="" if measured is None else f'profile "{measured}"',
+        instances={"one": ONE, "pair": PAIR}[instances],
+        mode=mode,
+        requests=requests,
+    )
+
+
+def written(folder: Path, case: Case, measured: Path, count: int) -> Path:
+    """The file of a case."""
+    file = folder / f"{'-'.join(case)}.sage"
+    file.write_text(text_of(folder, case, workload(LOADS[case[2]], count), measured), "utf-8")
+    return file
+
+
+def made(folder: Path) -> tuple[ModuleOp, Placed, Engine]:
+    """The one instance and its engine, new."""
+    file = folder / "measured.sage"
+    file.write_text(text_of(folder, CASES[0], '  request "none" tokens 1 generate 1'), "utf-8")
+    module = Compiler().read(str(file)).module
+    (placed,) = topology_of(module).instances
+    return module, placed, engines.create(spec_of(placed, one_process=True))
+
+
+def profiled(module: ModuleOp, placed: Placed, engine: Engine, repeats: int) -> Profile:
+    """The profile of the engine, as `sagec profile` makes it."""
+    model, most = placed.model, (placed.max_batch, placed.max_step_tokens)
+    timer = StepTimer(engine, placed.name, model.vocab, *most)
+    points = timer.points(replace(Grid(), repeats=repeats))
+    times = measure(engine, member_of(placed, engine), planner_of(module), model.vocab)
+    shape, kind = model.shape_in(placed.dtype), placed.devices[0].kind
+    return Profile(placed.engine, kind, shape, points, **asdict(times))
+
+
+Pairs = dict[Case, tuple[Figures, Figures]]
+"""Of each case, what the engine and what the simulation gave."""
+
+
+def turn(folder: Path, cases: Sequence[Case], count: int, repeats: int, ratios: Ratios) -> Pairs:
+    """Measure an engine, serve every case on it, and simulate them with what was measured."""
+    module, placed, engine = made(folder)
+    measured = folder / "here.json"
+    try:
+        found = profiled(module, placed, engine, repeats)
+        measured.write_text(profile.to_text(found), "utf-8")
+        setattr(engine, "_clock", Undisturbed())  # noqa: B010  from here on the loop's
+        files = {case: written(folder, case, measured, count) for case in cases}
+        steps = Steps(profile.fit_of(found.points), ratios)
+        served = {
+            case: served_here(file, engine, steps) if case[0] == "one" else served_apart(file)
+            for case, file in files.items()
+        }
+    finally:
+        engine.close()
+    return {case: (served[case], simulated(file)) for case, file in files.items()}
+
+
+def errors(turns: Sequence[Pairs]) -> list[Error]:
+    """The median of the turns, each with its own profile, by case and figure."""
     found = []
-    for load, rate in LOADS.items():
-        for mode in ("hybrid", "time-share"):
-            file = folder / f"{load}-{mode}.sage"
-            requests = workload(rate, count)
-            file.write_text(
-                CLUSTER.format(
-                    folder=folder / "model", profile=profile, mode=mode, requests=requests
-                ),
-                "utf-8",
-            )
-            ours, runs = simulated(file), [real(file) for _ in range(turns)]
-            for figure, value in ours.items():
-                on_engine = statistics.median(run[figure] for run in runs)
-                error = (value - on_engine) / on_engine
-                found.append(Error(load, mode, figure, on_engine, value, error))
-            print(f"{load}, {mode}: done")
+    for case, (figures, _) in turns[0].items():
+        for name in figures:
+            pairs = [(one[case][0][name], one[case][1][name]) for one in turns]
+            real, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+            error = statistics.median((ours - real) / real for real, ours in pairs)
+            found.append(Error(*case, name, real, ours, error))
     return found
 
 
-def report(found: Sequence[Error]) -> str:
-    """The table, and below it the median of the errors."""
+def report(found: Sequence[Error], ratios: Ratios) -> str:
+    """The table, and below it the medians of the errors."""
     rows: list[list[object]] = [
-        [e.load, e.mode, e.figure, e.real_ms, e.simulated_ms, f"{e.error:+.1%}"] for e in found
+        [e.instances, e.mode, e.load, e.figure, e.real_ms, e.simulated_ms, f"{e.error:+.1%}"]
+        for e in found
     ]
-    median = statistics.median(abs(error.error) for error in found)
     worst = max(found, key=lambda error: abs(error.error))
-    heads = ["load", "mode", "figure", "engine ms", "simulated ms", "error"]
+    heads = ["instances", "mode", "load", "figure", "engine ms", "simulated ms", "error"]
+    took = [f"{kind} {statistics.median(of):.3f}" for kind, of in sorted(ratios.items())]
+    where = f"{worst.instances}, {worst.mode}, {worst.load}, {worst.figure}"
     return (
         "# Fidelity of the simulator\n\n"
         f"{tables.machine_line(tables.machine())} A vocabulary of {VOCAB}.\n\n"
         f"{tables.table_of(heads, rows)}\n\n"
-        f"Median error {median:.1%}; worst {worst.error:+.1%} ({worst.load}, {worst.mode}, "
-        f"{worst.figure}).\n"
+        f"Median error {_median(found)}; {_medians(found)}; worst {worst.error:+.1%} ({where}). "
+        f"Steps took, of what the profile says (median): {', '.join(took) or 'none'}.\n"
     )
+
+
+def _medians(found: Sequence[Error]) -> str:
+    """By instances."""
+    by_kind = defaultdict[str, list[Error]](list)
+    for error in found:
+        by_kind[error.instances].append(error)
+    return ", ".join(f"{instances}: {_median(those)}" for instances, those in by_kind.items())
+
+
+def _median(found: Sequence[Error]) -> str:
+    return f"{statistics.median(abs(error.error) for error in found):.1%}"
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--count", type=int, default=60, help="requests of a run")
+    parser.add_argument("--count", type=int, default=40, help="requests of a run")
     parser.add_argument("--turns", type=int, default=3, help="runs on the engine")
+    parser.add_argument("--repeats", type=int, default=2, help="of each step of a profile")
+    parser.add_argument("--instances", choices=("one", "pair"), help="only these; else all")
     parser.add_argument("--out", type=Path, help="folder for fidelity.json and fidelity.md")
     args = parser.parse_args()
+    cases = [case for case in CASES if args.instances in (None, case[0])]
+    turns, ratios = [], Ratios()
     with tempfile.TemporaryDirectory() as folder:
-        found = errors(Path(folder), args.count, args.turns)
-    text = report(found)
+        make_model(Path(folder, "model"))
+        for number in range(args.turns):
+            turns.append(turn(Path(folder), cases, args.count, args.repeats, ratios))
+            print(f"turn {number + 1} of {args.turns}: done", flush=True)
+    found = errors(turns)
+    text = report(found, ratios)
     if args.out is not None:
-        answer = {**tables.machine(), "errors": [asdict(error) for error in found]}
+        answer = {**tables.machine(), "errors": [asdict(e) for e in found], "steps": ratios}
         tables.write(args.out, "fidelity", answer, text, {})
     tables.show(text)
 

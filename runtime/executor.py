@@ -471,14 +471,15 @@ class ExecutorAPI:
                     pass
 
     def _inputs(self, loop: Loop, until_us: int | None) -> list[Input]:
-        """What is next: requests whose time has come, what clients said, or events of engines."""
+        """What is next: requests whose time has come, what clients said, or events of engines.
+
+        Who came while an engine of this process computed is heard together with what it did.
+        """
         self._free_orphaned(loop.kv_in_flight() if self._orphaned else ())
         while True:
             now_us = self._time.now_us()
             is_open = self._is_open(now_us)
-            inputs = self._intake.take(now_us if is_open else NOBODY_US)
-            for said in (*self._intake.take_answered(), *inputs):
-                self._tell(said)
+            inputs = self._take(now_us if is_open else NOBODY_US)
             coming_us = self._intake.next_us if is_open else self._opens_us
             known = (until_us, coming_us, self._supervisor.next_us)
             times = [us for us in known if us is not None]
@@ -486,10 +487,19 @@ class ExecutorAPI:
             is_due = bool(inputs) or self._intake.has_refused
             events = self.poll(0.0 if is_due else wait_us / 1e6)
             inputs += [*events, *self._supervise(loop, events)]
+            if inputs and not isinstance(self.clock, VirtualClock):  # engines may have computed
+                inputs += self._take(self._time.now_us(), again=True)
             is_late = until_us is not None and until_us <= self._time.now_us()
             if inputs or is_late or self._intake.has_refused:
                 return inputs
             self._jump(times)
+
+    def _take(self, until_us: int, again: bool = False) -> list[Input]:
+        """Requests that have come by then, and what clients said. again: in the same turn."""
+        inputs = self._intake.take(until_us, again)
+        for said in (*self._intake.take_answered(), *inputs):
+            self._tell(said)
+        return inputs
 
     def _is_open(self, now_us: int) -> bool:
         """Whether requests whose time has come are let in now.

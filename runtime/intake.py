@@ -39,6 +39,7 @@ class Intake:
         self._answered: deque[Refused] = deque()
         self._takes_more = self._owes_closed = False
         self._load: Callable[[], Load] = _nobody
+        self._taken: Load = (0, 0)  # what the loop is about to hear
         self._bell: tuple[socket.socket, socket.socket] | None = None
 
     def open(
@@ -109,8 +110,10 @@ class Intake:
         """Whether a request was submitted that the loop has not heard of."""
         return request_id in self._unheard
 
-    def take(self, now_us: int) -> list[Input]:
-        """What the loop is to hear now."""
+    def take(self, now_us: int, again: bool = False) -> list[Input]:
+        """What the loop is to hear now. again: it has not heard yet what was taken last."""
+        if not again:
+            self._taken = (0, 0)
         is_closed = not self._takes_more  # read first: what was submitted before is taken below
         if not self._said and not self._owes_closed:
             return []
@@ -123,6 +126,8 @@ class Intake:
         if self._owes_closed and is_closed and not self._expected:
             self._owes_closed = False
             inputs.append(Closed())
+        came = [len(said.request.prompt) for said in inputs if isinstance(said, Arrived)]
+        self._taken = self._taken[0] + len(came), self._taken[1] + sum(came)
         return inputs
 
     def take_refused(self) -> list[Refused]:
@@ -161,7 +166,8 @@ class Intake:
     def _due(self, now_us: int, arrived: list[Request]) -> list[Input]:
         """Expected requests whose time has come and that find room beside those just arrived."""
         inputs: list[Input] = []
-        more = len(arrived), sum(len(request.prompt) for request in arrived)
+        tokens = sum(len(request.prompt) for request in arrived)
+        more = self._taken[0] + len(arrived), self._taken[1] + tokens
         while self._expected and self._expected[-1].arrival_us <= now_us:
             request = self._expected.pop()
             if detail := self._crowd(request, more):

@@ -17,14 +17,15 @@ Floats = npt.NDArray[np.float64]
 class InstanceUse:
     """What one instance did.
 
-    busy_us: in steps. pairs: of a token with one before it, that attention looked at. ends_us,
-    kv_blocks: blocks held after each report, as time went on.
+    busy_us: in steps. sampled_tokens: of outputs. pairs: of a token with one before it, that
+    attention looked at. ends_us, kv_blocks: blocks held after each report, as time went on.
     """
 
     busy_us: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     decode_tokens: int = 0
+    sampled_tokens: int = 0
     reused_tokens: int = 0
     pairs: float = 0.0
     sent_bytes: int = 0
@@ -87,6 +88,7 @@ class Meter:
             self._computed[request_id] = end
             use.prompt_tokens += end - begin
             use.pairs += (end - begin) * (begin + end + 1) / 2
+        use.sampled_tokens += len(report.tokens) + sum(count for _, _, count in report.advanced)
         for _, tokens in report.reused:
             use.reused_tokens += tokens
         use.decode_tokens += len(report.decodes) * report.steps

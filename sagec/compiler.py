@@ -17,6 +17,7 @@ from sagec import strategies
 from sagec.builder import IRGraph
 from sagec.diagnostics import Diagnostic, there_are
 from sagec.dialects import pd
+from sagec.dialects.cluster import DeviceOp
 from sagec.lowering.execution_plan import plans_of
 from sagec.passes import flow
 from sagec.passes.separate_phases import separate
@@ -93,10 +94,11 @@ class Compiler:
     def __init__(self) -> None:
         self.context = sagec_context()
 
-    def read(self, path: str) -> Unit:
+    def read(self, path: str, *, profiles: bool = True) -> Unit:
         """The file at `path`, or stdin for `-`; `.sage` by its name, else MLIR.
 
-        Raises Diagnostic, ParseError or OSError.
+        profiles: without them nobody asks for those that devices name, as where one is to be
+        measured. Raises Diagnostic, ParseError or OSError.
         """
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         name = "<stdin>" if path == "-" else path
@@ -105,17 +107,22 @@ class Compiler:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise Diagnostic("the file is not UTF-8 text", source=name, line=line) from None
-        return self.parse(text, name)
+        return self.parse(text, name, profiles=profiles)
 
-    def parse(self, text: str, name: str) -> Unit:
+    def parse(self, text: str, name: str, *, profiles: bool = True) -> Unit:
         """The unit of a text; a name that ends in .sage says that it is of that language."""
         if name.endswith(".sage"):
             from sagec import language
 
             program = language.parse(text, name)
+            if not profiles:
+                program = program.without_profiles()
             return Unit(name, language.lower(program), text, program)
         module = parse_module(text, name, self.context)
         module.verify()
+        for op in module.ops if not profiles else ():
+            if isinstance(op, DeviceOp):
+                op.properties.pop("profile", None)
         return Unit(name, module, text)
 
     def optimize(

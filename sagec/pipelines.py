@@ -39,10 +39,13 @@ PIPELINES: dict[str, Pipeline] = {
         "only what can be wrong before anything is placed",
     ),
     "exec": Pipeline(
-        "overlap-communication{micro_batches=2},fuse-communication,prefetch-kv,plan-memory",
-        "operators: overlap before fusing, for a fused message comes when its last part does, and "
-        "hides behind less; only what overlap leaves beside each other is fused. KV is fetched "
-        "ahead of the order that came of that; memory last, for its plan holds for one order",
+        "require-exec,overlap-communication{micro_batches=2},fuse-communication,prefetch-kv,"
+        "plan-memory",
+        "operators: that there are some comes first, for without any the others have nothing to do "
+        "and say nothing; overlap before fusing, for a fused message comes when its last part "
+        "does, and hides behind less; only what overlap leaves beside each other is fused. KV is "
+        "fetched ahead of the order that came of that; memory last, for its plan holds for one "
+        "order",
     ),
 }
 """A name of `sagec opt -p` and `sagec compile --pipeline`."""

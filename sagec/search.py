@@ -2,42 +2,54 @@
 and how many instances of each.
 
 The goodput of a layout is the highest rate of arrivals at which a share of the requests is served
-well, found by bisection in simulated time. A closed form says beforehand what a layout cannot
-exceed; who cannot exceed what others reach is not simulated.
+well, found by trials in simulated time. `sagec.capacity` says beforehand what a layout cannot
+exceed; who cannot be among the best is not simulated, and who fails at a rate that others reach is
+tried once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 from msgspec.structs import replace
 
 from sagec import language
+from sagec.capacity import Target, Work, bound, caches_prefixes
 from sagec.diagnostics import Diagnostic
 from sagec.language.syntax import Cluster, Instance, Program
-from sagec.passes.topology import Instance as Placed
+from sagec.passes.errors import PassError
 from sagec.passes.topology import topology_of
 from sagec.planner import planner_of
 from sagec.runtime.request import Request
 from sagec.runtime.strategies import Strategy
-from sagec.simulation import simulate
+from sagec.simulation import WELL, Simulated, cache_options, simulate
 
 PRECISION = 0.05
-"""How close the bisection comes to the goodput, as a share of it."""
+"""Rates that are tried are a ladder: each is higher than the one before by this share of it."""
+
+MOST_PER_S = 1e6
+"""A search looks no higher, not even where all costs nothing."""
+
+DEPTH = 64
+"""A layout that is not served well at this part of its bound is given up."""
 
 REACHED = "reaches its bound; more requests a trial (--limit) may tell what breaks first"
 """Why no more, where each trial went well: a short one ends before queues grow."""
 
-PROMISES, MOST_TIMES = 4, 4
-"""A trial lasts as long as so many requests may take, one after the other; it has so many times the
-requests that it has at least."""
+PROMISES, MOST_TIMES, ENOUGH_REQUESTS = 4, 4, 1200
+"""A trial lasts as long as so many requests may take, one after the other. It needs no more than so
+many times the requests that it has at least, unless these are few."""
 
-_KEPT = ("block", "budget", "max_batch", "kv_dtype", "dtype", "options", "model")
+FIRST = 4
+"""One of so many requests of a trial come first, to see whether the others are worth it."""
+
+_KEPT = ("block", "budget", "max_batch", "kv_dtype", "dtype", "model")
 """Settings of the file's own instances that a layout's instances have too."""
 
 
@@ -76,14 +88,19 @@ class Layout:
         """How the phases share instances."""
         return "hybrid" if self.both else "strict"
 
-    def __str__(self) -> str:
+    @property
+    def groups(self) -> str:
+        """Its instances, in words."""
         groups = (
             (self.both, self.both_tp, "both"),
             (self.prefill, self.prefill_tp, "prefill"),
             (self.decode, self.decode_tp, "decode"),
         )
         parts = [f"{count} {role} of tp {tp}" for count, tp, role in groups if count]
-        return f"{' + '.join(parts)}, chunk {self.chunk}"
+        return " + ".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.groups}, chunk {self.chunk}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,8 @@ class Verdict:
     """What became of a layout.
 
     bound_per_s: requests a second that it cannot exceed. goodput_per_s: those that it reaches;
-    None where it was not simulated. why: in words, where it lost.
+    None where nobody looked for them. missed_per_s: a rate that it was tried at without success,
+    where that was all. why: in words, why it has no more.
     """
 
     layout: Layout
@@ -99,6 +117,7 @@ class Verdict:
     goodput_per_s: float | None = None
     ttft_p90_ms: float | None = None
     tpot_p90_ms: float | None = None
+    missed_per_s: float | None = None
     why: str = ""
 
     @property
@@ -108,12 +127,58 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Target:
-    """attained: the share of requests that is to be served well. Times are microseconds."""
+class Trial:
+    """How a layout did at a rate.
 
-    ttft_us: int
-    tpot_us: int
-    attained: float = 0.9
+    attained, failed, late, slow: shares of the requests: served well, without the whole answer,
+    with a late first token, with more time between tokens than promised.
+    """
+
+    rate_per_s: float
+    attained: float
+    failed: float
+    late: float
+    slow: float
+    ttft_p90_ms: float | None
+    tpot_p90_ms: float | None
+
+    @classmethod
+    def of(cls, rate_per_s: float, simulated: Simulated, target: Target) -> Trial:
+        """Of a simulation of requests that are promised the same."""
+        reports, figures = simulated.reports, simulated.figures()
+        count = len(simulated.requests)
+        return cls(
+            rate_per_s=rate_per_s,
+            attained=simulated.served_well / count,
+            failed=sum(report.reason not in WELL for report in reports) / count,
+            late=sum((report.ttft_us or 0) > target.ttft_us for report in reports) / count,
+            slow=sum((report.tpot_us or 0) > target.tpot_us for report in reports) / count,
+            ttft_p90_ms=(figures["ttft_ms"] or {}).get("p90"),
+            tpot_p90_ms=(figures["tpot_ms"] or {}).get("p90"),
+        )
+
+    def text(self) -> str:
+        """What stood in the way of a success."""
+        misses = [
+            (self.failed, "get no whole answer"),
+            (self.late, f"get their first token late ({_p90('TTFT', self.ttft_p90_ms)})"),
+            (self.slow, f"wait too long between tokens ({_p90('TPOT', self.tpot_p90_ms)})"),
+        ]
+        told = ", ".join(f"{share:.0%} {what}" for share, what in misses if share >= 0.005)
+        return f"at {figure(self.rate_per_s)} /s {self.attained:.0%} are served well: {told}"
+
+
+def _p90(name: str, found_ms: float | None) -> str:
+    return f"{name} p90 {'-' if found_ms is None else figure(found_ms)} ms"
+
+
+def figure(number: float) -> str:
+    """A number as a table shows it.
+
+    >>> figure(0.01234), figure(12.345), figure(12345.6)
+    ('0.0123', '12.3', '12,346')
+    """
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def layouts(
@@ -166,11 +231,18 @@ class Search:
         self._cluster = _cluster_of(program)
         self.devices = [word.text for device in self._cluster.devices for word in device.names]
         self._load = Load.of(self._requests)
+        self._options = {
+            placed.name: " ".join(
+                f"{name}={value}" for name, value in cache_options(placed).items()
+            )
+            for placed in topology_of(language.lower(program)).instances
+        }
+        self._works: dict[int | None, Work] = {}
 
     def verdicts(
         self, candidates: Sequence[Layout], best: int = 5, tell: Callable[[str], None] = print
     ) -> list[Verdict]:
-        """A verdict for each, the best first; `best` of them, at least, are simulated.
+        """A verdict for each, the best first; the first `best` are what trials of all would find.
 
         tell: hears of each that was simulated.
         """
@@ -179,14 +251,14 @@ class Search:
         for verdict in bounded:
             reached = sorted((one.goodput_per_s or 0.0 for one in found), reverse=True)
             enough = reached[best - 1] if len(reached) >= best else 0.0
-            if verdict.bound_per_s <= enough:
-                if not verdict.why:
-                    why = "its bound is below what others reach"
-                    verdict = dataclasses.replace(verdict, why=why)
+            if not verdict.bound_per_s:
                 found.append(verdict)
-                continue
-            found.append(self._simulated(verdict))
-            tell(f"{found[-1].layout}: {found[-1].goodput_per_s:.3g} /s")
+            elif verdict.bound_per_s < enough:
+                why = f"{verdict.why}; others reach {figure(enough)}"
+                found.append(dataclasses.replace(verdict, why=why))
+            else:
+                found.append(self._tried(verdict, enough))
+                tell(_news(found[-1]))
         return sorted(found, key=_by_goodput)
 
     def text(self, layout: Layout) -> str:
@@ -222,67 +294,85 @@ class Search:
         return language.lower(program)
 
     def _kept(self, role: str) -> str:
-        """What the file says of its own instances of the role, or of its first ones."""
+        """What the file says of its own instances of the role, or of its first ones, and how their
+        engine caches prefixes."""
         instances = self._cluster.instances
         like = next((i for i in instances if _role(i) == role), instances[0])
         source = self._program.source.text
         said = {name: like.settings[name] for name in _KEPT if name in like.settings}
-        return "".join(f" {name} {source[v.begin : v.end]}" for name, v in said.items())
+        kept = "".join(f" {name} {source[v.begin : v.end]}" for name, v in said.items())
+        options = self._options[like.names[0].text]
+        return f'{kept} options "{options}"' if options else kept
 
     def _bounded(self, layout: Layout) -> Verdict:
         try:
             placed = topology_of(self.module(layout)).instances
-        except Diagnostic as error:
-            return Verdict(layout, 0.0, why=f"does not fit: {error.message} {error.hint}".strip())
-        bound, why = self._load.bound(placed, self._target)
-        return Verdict(layout, bound, why=why)
+        except (Diagnostic, PassError) as error:
+            told = "; ".join(filter(None, (error.message, getattr(error, "hint", ""))))
+            return Verdict(layout, 0.0, why=f"cannot be: {told}")
+        blocks = [one.block_tokens for one in placed if caches_prefixes(one)]
+        found = bound(placed, self._work(math.gcd(*blocks) if blocks else None), self._target)
+        return Verdict(layout, min(found.per_s, MOST_PER_S), why=found.why)
 
-    def _simulated(self, verdict: Verdict) -> Verdict:
-        """Bisect the rate between none and the bound."""
-        low, high = 0.0, verdict.bound_per_s
-        reached: dict[str, Any] = {}
-        missed: dict[str, Any] = {}
-        while high - low > PRECISION * high and high > verdict.bound_per_s / 64:
-            rate = (low + high) / 2
-            run = self._run(verdict.layout, rate)
-            if run["attained"] >= self._target.attained:
-                low, reached = rate, run
-            else:
-                high, missed = rate, run
-        shown = reached or missed
+    def _work(self, block_tokens: int | None) -> Work:
+        if block_tokens not in self._works:
+            self._works[block_tokens] = Work.of(self._requests, block_tokens)
+        return self._works[block_tokens]
+
+    def _tried(self, verdict: Verdict, enough_per_s: float) -> Verdict:
+        try:
+            return self._simulated(verdict, enough_per_s)
+        except PassError as error:
+            return dataclasses.replace(verdict, why=f"cannot serve: {error.message}")
+
+    def _simulated(self, verdict: Verdict, enough_per_s: float) -> Verdict:
+        """Find the highest rate that is reached; where that is less than `enough_per_s`, nothing
+        but that."""
+        trials: dict[int, Trial] = {}
+
+        def succeeds(rung: int) -> bool:
+            if rung not in trials:
+                trials[rung] = self._trial_at(verdict.layout, rate_of(rung))
+            return trials[rung].attained >= self._target.attained
+
+        top = rung_of(verdict.bound_per_s)
+        if enough_per_s:
+            low = rung_of(enough_per_s)
+            if not succeeds(low):
+                return _lost(verdict, trials[low])
+        else:
+            low = rung_of(verdict.bound_per_s / DEPTH)
+        reached = highest(succeeds, low, top + 1)
+        missed = trials.get(reached + 1)
+        shown = trials.get(reached) or missed
+        assert shown is not None
         return dataclasses.replace(
             verdict,
-            goodput_per_s=low,
-            ttft_p90_ms=shown.get("ttft_p90_ms"),
-            tpot_p90_ms=shown.get("tpot_p90_ms"),
-            why=self._limit(high, missed) if missed else REACHED,
+            goodput_per_s=rate_of(reached) if reached in trials else 0.0,
+            ttft_p90_ms=shown.ttft_p90_ms,
+            tpot_p90_ms=shown.tpot_p90_ms,
+            why=REACHED if missed is None else missed.text(),
         )
 
-    def _limit(self, rate: float, run: dict[str, Any]) -> str:
-        """What stands in the way of a higher rate."""
-        asked = {"ttft": self._target.ttft_us / 1e3, "tpot": self._target.tpot_us / 1e3}
-        over = [
-            f"{name.upper()} p90 {found:.0f} ms of {promised:g}"
-            for name, promised in asked.items()
-            if (found := run[f"{name}_p90_ms"]) is not None and found > promised
-        ]
-        told = " and ".join(over) or "some miss the one promise, some the other"
-        return f"at {rate:.3g} /s {run['attained']:.0%} are served well: {told}"
+    def _trial_at(self, layout: Layout, rate_per_s: float) -> Trial:
+        """Serve the requests as they come at so many a second.
 
-    def _run(self, layout: Layout, rate_per_s: float) -> dict[str, Any]:
-        """Serve the requests as they come at so many a second."""
+        Where so many of the first ones are not served well that the others do not matter, these are
+        left out: who comes later does not help who came before.
+        """
+        requests = self._requests_at(rate_per_s)
+        first = requests[: -(-len(requests) // FIRST)]
+        few = self._served(layout, first, rate_per_s)
+        if (1 - few.attained) * len(first) > (1 - self._target.attained) * len(requests):
+            return few
+        return self._served(layout, requests, rate_per_s)
+
+    def _served(self, layout: Layout, requests: Sequence[Request], rate_per_s: float) -> Trial:
         module = self.module(layout)
-        requests = self._trial(rate_per_s)
-        planner = planner_of(module)
-        simulated = simulate(module, requests, self._make_strategy(), planner)
-        figures = simulated.figures()
-        return {
-            "attained": simulated.served_well / len(requests),
-            "ttft_p90_ms": (figures["ttft_ms"] or {}).get("p90"),
-            "tpot_p90_ms": (figures["tpot_ms"] or {}).get("p90"),
-        }
+        simulated = simulate(module, requests, self._make_strategy(), planner_of(module))
+        return Trial.of(rate_per_s, simulated, self._target)
 
-    def _trial(self, rate_per_s: float) -> list[Request]:
+    def _requests_at(self, rate_per_s: float) -> list[Request]:
         """Requests at such a rate for long enough that queues build up, as far as time allows.
 
         A layout that is slower than they come must have the time to fall behind its promises.
@@ -290,7 +380,8 @@ class Search:
         output = sum(self._load.outputs) / len(self._load.outputs)
         promised_s = (self._target.ttft_us + output * self._target.tpot_us) / 1e6
         least = self._trial_requests
-        count = min(round(PROMISES * promised_s * rate_per_s), MOST_TIMES * least)
+        most = max(MOST_TIMES * least, ENOUGH_REQUESTS)
+        count = min(round(PROMISES * promised_s * rate_per_s), most)
         requests = repeated(self._requests, max(count, least))
         return Load.of(requests).at_rate(requests, rate_per_s)
 
@@ -298,22 +389,71 @@ class Search:
 def repeated(requests: Sequence[Request], count: int) -> list[Request]:
     """At least `count` requests, the given ones again and again, each time when the last had come.
 
-    A handful of requests that come at once wait for nobody, whatever their rate.
+    A handful of requests that come at once wait for nobody, whatever their rate. What they have in
+    common they have each time, and nothing from one time to the next: no prefix cache finds a
+    request that was there before.
     """
     found, span_us = list(requests), Load.of(requests).span_us
     for turn in range(1, -(-count // len(requests))):
         found += [
-            replace(one, id=f"{one.id}~{turn}", arrival_us=one.arrival_us + turn * span_us)
+            replace(
+                one,
+                id=f"{one.id}~{turn}",
+                arrival_us=one.arrival_us + turn * span_us,
+                prompt=_others(one.prompt, turn),
+                block_hashes=_others(one.block_hashes, turn),
+            )
             for one in requests
         ]
     return found
 
 
+def _others(numbers: Sequence[int], turn: int) -> tuple[int, ...]:
+    """As many other numbers of 64 bits with a sign, alike where these are alike."""
+    by = turn << 40
+    if isinstance(numbers, range):  # what a counted prompt is, which costs nothing
+        return cast("tuple[int, ...]", range(numbers.start + by, numbers.stop + by))
+    half = 1 << 63
+    return tuple((number + by + half) % (2 * half) - half for number in numbers)
+
+
+def rate_of(rung: int) -> float:
+    """Requests a second of a rung of the ladder."""
+    return float((1 + PRECISION) ** rung)
+
+
+def rung_of(rate_per_s: float) -> int:
+    """The highest rung that is not above a rate.
+
+    >>> [rung_of(rate_of(rung)) for rung in (-40, 0, 90)]
+    [-40, 0, 90]
+    """
+    rung = math.floor(math.log(rate_per_s) / math.log(1 + PRECISION))
+    return rung + 1 if rate_of(rung + 1) <= rate_per_s else rung
+
+
+def highest(succeeds: Callable[[int], bool], low: int, high: int) -> int:
+    """The highest in [low, high) that succeeds; low where none does, which is not asked.
+
+    What succeeds is taken to lie below what does not. The answer is looked for near `high` first.
+
+    >>> highest(lambda rung: rung < 7, 0, 100)
+    6
+    """
+    step = 1
+    while high - low > 1:
+        at = max(high - step, (low + high) // 2)
+        if succeeds(at):
+            low = at
+        else:
+            high, step = at, 2 * step
+    return low
+
+
 @dataclass(frozen=True)
 class Load:
-    """A workload's lengths and arrivals, in tokens and microseconds."""
+    """A workload's outputs and arrivals, in tokens and microseconds."""
 
-    prompts: tuple[int, ...]
     outputs: tuple[int, ...]
     arrivals_us: tuple[int, ...]
 
@@ -332,9 +472,8 @@ class Load:
         if arrivals[-1] == arrivals[0]:
             draw = np.random.default_rng(0)
             arrivals = (1e6 * draw.exponential(1.0, len(requests)).cumsum()).astype(int).tolist()
-        prompts = tuple(len(request.prompt) for request in requests)
         outputs = tuple(request.max_output_tokens or 1 for request in requests)
-        return cls(prompts, outputs, tuple(arrivals))
+        return cls(outputs, tuple(arrivals))
 
     @property
     def span_us(self) -> int:
@@ -357,83 +496,6 @@ class Load:
             for request, at in zip(requests, self.arrivals_us, strict=True)
         ]
 
-    def bound(self, placed: Sequence[Placed], target: Target) -> tuple[float, str]:
-        """Requests a second that no schedule exceeds, and why where that is 0.
-
-        Each prompt takes its arithmetic, and each token of output its share of a decode step of
-        the largest batch that keeps the promise and fits the KV.
-        """
-        share = target.attained
-        longest = int(np.quantile(self.prompts, share, method="inverted_cdf"))
-        alone_us = {
-            o.name: float(o.cost.prefill_us(0, longest)) for o in placed if o.runs("prefill")
-        }
-        fastest = min(alone_us, key=alone_us.__getitem__)
-        if alone_us[fastest] > target.ttft_us:
-            return 0.0, (
-                f"a prompt of {longest} tokens, longer than {share:.0%} are, takes "
-                f"{alone_us[fastest] / 1e3:.0f} ms alone on {fastest}"
-            )
-        decodes = float(np.mean(self.outputs)) - 1  # the first token comes of the prompt
-        request = MeanRequest(float(np.mean(self.prompts)), decodes)
-        token_us = {one.name: _token_us(one, request.context, target) for one in placed}
-        if decodes and all(token_us[one.name] is None for one in placed if one.runs("decode")):
-            return 0.0, "one decode alone takes longer than its promise"
-        # a share of the requests may be turned away
-        return _rate_per_s(placed, token_us, request) / share, ""
-
-
-class MeanRequest(NamedTuple):
-    """Of all requests: tokens of the prompt, and those that are decoded after the first one."""
-
-    prompt: float
-    decodes: float
-
-    @property
-    def context(self) -> float:
-        """Tokens of KV at a decode."""
-        return self.prompt + self.decodes / 2
-
-
-def _token_us(one: Placed, context: float, target: Target) -> float | None:
-    """Time of a token of output in the best batch; None where no batch keeps the promise."""
-    most = min(one.max_batch, int(one.kv_blocks * one.block_tokens // max(context, 1)))
-    batches = np.unique(np.geomspace(1, max(1, most), 24).astype(int))
-    step_us = one.cost.step_us(batches, batches * context, batches * context, batches)
-    kept = step_us <= target.tpot_us
-    return float((step_us / batches)[kept].min()) if kept.any() else None
-
-
-def _rate_per_s(
-    placed: Sequence[Placed], token_us: Mapping[str, float | None], request: MeanRequest
-) -> float:
-    """Instances that do both share their time; the others are as fast as the slower phase."""
-    both = prefill = decode = 0.0
-    for one in placed:
-        if (us := token_us[one.name] if request.decodes else 0.0) is None and one.runs("decode"):
-            continue
-        decodes_us = request.decodes * (us or 0.0)
-        if one.role == "both":
-            both += 1e6 / _both_us(one, decodes_us, request)
-        elif one.role == "prefill":
-            prefill += 1e6 / float(one.cost.prefill_us(0, request.prompt))
-        else:
-            decode += 1e6 / decodes_us if decodes_us else np.inf
-    return both + min(prefill, decode)
-
-
-def _both_us(one: Placed, decodes_us: float, request: MeanRequest) -> float:
-    """The time that a request takes, at least, of an instance that does both.
-
-    A step of both phases reads weights and KV while it computes prompts, so that one may hide
-    behind the other; a fit to measured steps says what is left of that.
-    """
-    prefill_us = float(one.cost.prefill_us(0, request.prompt))
-    if one.cost.fit is not None:
-        return prefill_us + decodes_us
-    token_us = float(one.cost.prefill_us(request.context, request.context + 1))
-    return max(prefill_us + request.decodes * token_us, decodes_us)
-
 
 def _cluster_of(program: Program) -> Cluster:
     if program.serve is None or not program.clusters:
@@ -453,11 +515,30 @@ def _role(instance: Instance) -> str:
     return "both" if said is None else str(said.value)
 
 
+def _lost(verdict: Verdict, trial: Trial) -> Verdict:
+    """A layout that does not reach what others do."""
+    return dataclasses.replace(
+        verdict,
+        missed_per_s=trial.rate_per_s,
+        ttft_p90_ms=trial.ttft_p90_ms,
+        tpot_p90_ms=trial.tpot_p90_ms,
+        why=trial.text(),
+    )
+
+
+def _news(verdict: Verdict) -> str:
+    if verdict.goodput_per_s is not None:
+        return f"{verdict.layout}: {figure(verdict.goodput_per_s)} /s"
+    if verdict.missed_per_s is not None:
+        return f"{verdict.layout}: less than {figure(verdict.missed_per_s)} /s"
+    return f"{verdict.layout}: {verdict.why}"
+
+
 def _by_bound(verdict: Verdict) -> tuple[float, Layout]:
     return -verdict.bound_per_s, verdict.layout
 
 
-def _by_goodput(verdict: Verdict) -> tuple[float, int, float, Layout]:
-    """The best first; of equals the one with fewer devices."""
-    reached = verdict.goodput_per_s or 0.0
-    return -reached, verdict.layout.num_devices, -verdict.bound_per_s, verdict.layout
+def _by_goodput(verdict: Verdict) -> tuple[float, int, bool, float, Layout]:
+    """The best first; of equals the one with fewer devices, then those that were tried."""
+    reached, tried = verdict.goodput_per_s or 0.0, verdict.missed_per_s is not None
+    return -reached, verdict.layout.num_devices, not tried, -verdict.bound_per_s, verdict.layout

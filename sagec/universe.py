@@ -32,6 +32,7 @@ _PASS_HOMES = {
     "chunk-prefill": "passes.chunk_prefill:ChunkPrefillPass",
     "assign-kv": "passes.assign_kv:AssignKVPass",
     "fuse-steps": "passes.fuse_steps:FuseStepsPass",
+    "require-exec": "passes.require_exec:RequireExecPass",
     "fuse-communication": "passes.fuse_communication:FuseCommunicationPass",
     "overlap-communication": "passes.overlap_communication:OverlapCommunicationPass",
     "prefetch-kv": "passes.prefetch_kv:PrefetchKVPass",

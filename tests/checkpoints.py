@@ -50,6 +50,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied-yarn": ("Qwen2", {"tie_word_embeddings": True, "rope_scaling": _YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": (
+        "Mixtral",
+        {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 32,
+            "moe_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+        },
+    ),
 }
 """Name of a checkpoint -> its family in transformers, and what differs from the common shape."""
 

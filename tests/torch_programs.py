@@ -28,8 +28,8 @@ def model_of(folder: Path) -> Model:
         vocab=config.vocab,
         dtype="f32",
         max_context=config.max_context_tokens,
-        experts=0,
-        experts_per_token=0,
+        experts=config.experts,
+        experts_per_token=config.experts_per_token,
         tied=int(config.tied),
         path=str(folder),
     )

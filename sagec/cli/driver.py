@@ -65,7 +65,7 @@ class OptMain(xDSLOptMain):
             self.available_frontends[extension] = functools.partial(self._parsed, extension)
 
     def setup_pipeline(self) -> None:
-        passes = spec.passes(spec.expanded(self.args.passes), self.available_passes)
+        passes = spec.passes(self.args.passes, self.available_passes)
         self._begin_s = time.perf_counter()
         self._running: ModulePass | None = None
         self.pipeline = PassPipeline(tuple(passes), self._after)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 
 from sagec.cli import writing
 from sagec.cli.failure import InputError, UsageError, unknown
+from sagec.dialects import pd
+from sagec.dialects.cluster import InstanceOp
 from sagec.passes.topology import Instance as Placed
 from sagec.passes.topology import topology_of
 from sagec.runtime import engines, profile
 from sagec.runtime.cost import Fit
-from sagec.runtime.engines import InstanceSpec
+from sagec.runtime.engines import Engine, InstanceSpec
+from sagec.runtime.loop_timer import LoopTimes, measure
 from sagec.runtime.profile import Point, Profile
 from sagec.runtime.step_timer import Grid, StepTimer
 
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
 
 MEASURABLE = ("torch", "turbomind")
 """Engines whose steps take the time of computing."""
+
+TAKES_TURNS = ("torch",)
+"""Those that compute a step while they are asked what happened, so that the loop waits for them,
+and they for the loop."""
 
 CHECKPOINT = """
 model checkpoint from "."
@@ -41,11 +49,11 @@ serve on here { request "none" tokens 1 generate 1 }
 def run(args: argparse.Namespace) -> int:
     """Measure and write. Raises what failure.py knows."""
     writing.check_writable(args.output)
-    placed = _instance(args)
+    module, placed = _instance(args)
     grid = Grid.quick() if args.quick else Grid()
     if args.repeats:
         grid = replace(grid, repeats=args.repeats)
-    measured = _measured(placed, grid)
+    measured = _measured(module, placed, grid)
     writing.write_text(args.output, profile.to_text(measured))
     if args.output in (None, "-"):
         return 0
@@ -55,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _instance(args: argparse.Namespace) -> Placed:
-    """The instance to measure. Raises InputError, UsageError where there is none."""
+def _instance(args: argparse.Namespace) -> tuple[ModuleOp, Placed]:
+    """The file, and its instance to measure. Raises InputError, UsageError where there is none."""
     from sagec.compiler import Compiler
     from sagec.runtime.engines.torch.config import read_config
 
@@ -65,7 +73,7 @@ def _instance(args: argparse.Namespace) -> Placed:
         read_config(Path(args.file))
         unit = compiler.parse(CHECKPOINT, str(Path(args.file, "checkpoint.sage")))
     else:
-        unit = compiler.read(args.file)
+        unit = compiler.read(args.file, profiles=False)  # this may be the one to measure
     placed = topology_of(unit.module).by_name
     if args.instance is not None and args.instance not in placed:
         raise UsageError(unknown("instance", args.instance, list(placed)))
@@ -81,10 +89,10 @@ def _instance(args: argparse.Namespace) -> Placed:
         model = found.model.name
         raise InputError(f"instance @{found.name}: model @{model} has no weights to compute with; "
                          f'model {model} from "FOLDER" says where they are')  # fmt: skip
-    return found
+    return unit.module, found
 
 
-def _measured(placed: Placed, grid: Grid) -> Profile:
+def _measured(module: ModuleOp, placed: Placed, grid: Grid) -> Profile:
     from sagec.cli.serving import spec_of
 
     spec: InstanceSpec = spec_of(placed, one_process=True)
@@ -94,20 +102,36 @@ def _measured(placed: Placed, grid: Grid) -> Profile:
             engine, placed.name, placed.model.vocab, placed.max_batch, placed.max_step_tokens
         )
         with writing.working(f"measuring @{placed.name} ({placed.engine})"):
-            points = timer.points(grid)
+            measured = Profile(
+                engine=placed.engine,
+                device=placed.devices[0].kind,
+                model=placed.model.shape_in(placed.dtype),
+                points=timer.points(grid),
+                tp=placed.tp,
+                pp=placed.pp,
+                machine=_machine(),
+            )
+            measured.fit  # noqa: B018  raises where the instance has room for too few steps
+            if placed.engine not in TAKES_TURNS:
+                return measured
+            return replace(measured, **asdict(_loop_times(module, placed, engine)))
     finally:
         engine.close()
-    measured = Profile(
-        engine=placed.engine,
-        device=placed.devices[0].kind,
-        model=placed.model.shape_in(placed.dtype),
-        points=points,
-        tp=placed.tp,
-        pp=placed.pp,
-        machine=_machine(),
-    )
-    measured.fit  # noqa: B018  raises where the instance has room for too few steps
-    return measured
+
+
+def _loop_times(module: ModuleOp, placed: Placed, engine: Engine) -> LoopTimes:
+    """What a loop takes beside the steps of the engine, which serves both phases alone."""
+    from sagec.planner import member_of, planner_of
+
+    others = {one.name for one in topology_of(module).instances} - {placed.name}
+    parts = [op for op in module.ops if not isinstance(op, pd.GraphOp)]
+    kept = [op.clone() for op in parts if not (isinstance(op, InstanceOp) and op.symbol in others)]
+    for op in kept:
+        if isinstance(op, InstanceOp):
+            op.properties["role"] = StringAttr("both")
+    alone = ModuleOp(kept)
+    (member,) = topology_of(alone).instances
+    return measure(engine, member_of(member, engine), planner_of(alone), placed.model.vocab)
 
 
 def _machine() -> str:

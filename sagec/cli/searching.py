@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sagec.capacity import Target
 from sagec.cli import serving, writing
 from sagec.cli.failure import InputError
 from sagec.language.resolution import resolve
 from sagec.runtime.request import Request
-from sagec.search import Search, SearchError, Target, Verdict, layouts
+from sagec.search import Layout, Search, SearchError, Verdict, figure, layouts
 
 TPS = (1, 2, 4, 8)
 CHUNKS = (512, 2048)
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         writing.print_json([_row(verdict) for verdict in verdicts])
     else:
-        writing.console(width=100).print(_table(verdicts))
+        if simulated := [verdict for verdict in verdicts if _is_tried(verdict)]:
+            writing.console(width=100).print(_table(simulated))
+        print(_reasons(verdicts, best))
         print(_sentence(verdicts, best, search))
     return 0 if verdicts[0].goodput_per_s else 1
 
@@ -108,6 +111,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "devices": verdict.layout.num_devices,
         "goodput_per_s": verdict.goodput_per_s,
         "goodput_per_s_per_device": round(verdict.per_device, 6),
+        "missed_per_s": verdict.missed_per_s,
         "bound_per_s": round(verdict.bound_per_s, 6),
         "ttft_p90_ms": verdict.ttft_p90_ms,
         "tpot_p90_ms": verdict.tpot_p90_ms,
@@ -115,10 +119,14 @@ def _row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _is_tried(verdict: Verdict) -> bool:
+    return verdict.goodput_per_s is not None or verdict.missed_per_s is not None
+
+
 _SHOWN_ROWS = 24
 """Of more layouts than these the table leaves the rest out; `--json` has all."""
 
-COLUMNS = ("layout", "good /s", "bound /s", "TTFT ms", "TPOT ms", "why not more")
+COLUMNS = ("layout", "good /s", "/s a device", "bound /s", "TTFT ms", "TPOT ms")
 
 
 def _table(verdicts: Sequence[Verdict]) -> Any:
@@ -128,32 +136,66 @@ def _table(verdicts: Sequence[Verdict]) -> Any:
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in COLUMNS:
-        justify: Any = "left" if title in (COLUMNS[0], COLUMNS[-1]) else "right"
-        shown.add_column(title, justify=justify, no_wrap=title != COLUMNS[-1])
+        justify: Any = "left" if title == COLUMNS[0] else "right"
+        shown.add_column(title, justify=justify, no_wrap=True)
     for verdict in verdicts[:_SHOWN_ROWS]:
-        reached = verdict.goodput_per_s
-        figures = [
-            "-" if value is None else f"{value:.4g}"
-            for value in (
-                reached,
-                verdict.bound_per_s,
-                verdict.ttft_p90_ms,
-                verdict.tpot_p90_ms,
-            )
-        ]
-        shown.add_row(*map(Text, [str(verdict.layout), *figures, verdict.why]))
+        numbers = (verdict.bound_per_s, verdict.ttft_p90_ms, verdict.tpot_p90_ms)
+        figures = ["-" if value is None else figure(value) for value in numbers]
+        good = _good(verdict, 1), _good(verdict, verdict.layout.num_devices)
+        shown.add_row(*map(Text, [str(verdict.layout), *good, *figures]))
     if len(verdicts) > _SHOWN_ROWS:
         shown.add_row(Text(f"and {len(verdicts) - _SHOWN_ROWS} more"))
     return shown
 
 
+def _good(verdict: Verdict, devices: int) -> str:
+    """The goodput of each of so many devices, or what it is below."""
+    if verdict.goodput_per_s is not None:
+        return figure(verdict.goodput_per_s / devices)
+    assert verdict.missed_per_s is not None
+    return f"< {figure(verdict.missed_per_s / devices)}"
+
+
+def _reasons(verdicts: Sequence[Verdict], best: int) -> str:
+    """Why the best ones serve no more, and why the others lost: a line for each reason."""
+    lines: list[str] = []
+    for title, group in (
+        ("Why no more:" if verdicts[0].goodput_per_s else "Why not:", verdicts[:best]),
+        ("Why the others lost:", verdicts[best:]),
+    ):
+        by_reason: dict[str, list[Layout]] = {}
+        for verdict in group:
+            by_reason.setdefault(verdict.why, []).append(verdict.layout)
+        told = [f"  {_together(alike)}: {why}" for why, alike in by_reason.items()]
+        if len(told) > _SHOWN_ROWS:
+            told[_SHOWN_ROWS:] = [f"  and {len(told) - _SHOWN_ROWS} more reasons; --json has all"]
+        lines += [title, *told, ""] if told else []
+    return "\n".join(lines)
+
+
+def _together(alike: Sequence[Layout]) -> str:
+    """Layouts in words; those that differ in nothing but the chunk as one.
+
+    >>> _together([Layout(both=2, chunk=512), Layout(both=2, chunk=2048)])
+    '2 both of tp 1, chunk 512 or 2048'
+    """
+    chunks: dict[Layout, list[int]] = {}
+    for layout in alike:
+        chunks.setdefault(dataclasses.replace(layout, chunk=0), []).append(layout.chunk)
+    return "; ".join(
+        f"{layout.groups}, chunk {' or '.join(map(str, sorted(each)))}"
+        for layout, each in chunks.items()
+    )
+
+
 def _sentence(verdicts: Sequence[Verdict], best: int, search: Search) -> str:
-    simulated = sum(verdict.goodput_per_s is not None for verdict in verdicts)
+    simulated = sum(map(_is_tried, verdicts))
+    count = f"{len(verdicts)} layout{'s' if len(verdicts) > 1 else ''}"
     first = verdicts[0]
     if not first.goodput_per_s:
-        return f"none of {len(verdicts)} layouts serves enough requests well; see why"
+        return f"none of {count} serves enough requests well"
     return (
-        f"{len(verdicts)} layouts, {simulated} simulated; the others cannot exceed the best "
+        f"{count}, {simulated} simulated; the others cannot exceed the best "
         f"{best}. Times are 90th percentiles at that rate. The best, for the file's cluster:\n\n"
         f"{search.text(first.layout)}"
     )

@@ -45,7 +45,7 @@ def resolve_devices(device: syntax.Device, errors: Errors) -> list[Device]:
     """The devices of a statement, each with the figures of its kind and its own."""
     said = scalars_of(device.settings)
     kind = str(said.get("kind", "cpu"))
-    scalars: Scalars = {"kind": kind}
+    scalars: Scalars = {}
     if (known := DEVICE_KINDS.get(kind)) is not None:
         scalars |= known
     elif not all(name in said for name in DEVICE_FIGURES):

@@ -83,7 +83,10 @@ def relative_to_source(source: str, path: str) -> Path:
 
 
 def _scalars_of_config(config: ModelConfig) -> Scalars:
-    return {
+    experts: Scalars = {}
+    if config.experts:
+        experts = {"experts": config.experts, "experts_per_token": config.experts_per_token}
+    return experts | {
         "layers": config.layers,
         "hidden": config.hidden,
         "heads": config.heads,

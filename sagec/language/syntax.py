@@ -5,7 +5,7 @@ Places are offsets into the text; `Source.position` makes lines and columns of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sagec.diagnostics import Diagnostic, Source
@@ -170,6 +170,17 @@ class Program:
     serve: Serve | None
     strategies: tuple[Strategy, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+
+    def without_profiles(self) -> Program:
+        """The same, where no device names a profile."""
+        clusters = []
+        for cluster in self.clusters:
+            devices = []
+            for device in cluster.devices:
+                kept = {name: v for name, v in device.settings.items() if name != "profile"}
+                devices.append(replace(device, settings=kept))
+            clusters.append(replace(cluster, devices=tuple(devices)))
+        return replace(self, clusters=tuple(clusters))
 
     def error(self, at: Word | Value, message: str, hint: str = "") -> Diagnostic:
         """The error that points at a name or value of this program."""

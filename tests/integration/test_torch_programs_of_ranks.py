@@ -21,6 +21,7 @@ from sagec.lowering.torch_source import program_of  # noqa: E402
 from sagec.runtime.engines import InstanceSpec  # noqa: E402
 from sagec.runtime.engines.torch.batch import Span, build_batch  # noqa: E402
 from sagec.runtime.engines.torch.loading import load_model, read_options  # noqa: E402
+from sagec.runtime.engines.torch.native import SHORT_TOKENS  # noqa: E402
 from sagec.runtime.engines.torch.program import load_program  # noqa: E402
 from sagec.runtime.engines.torch.ranks import Ranks  # noqa: E402
 from sagec.runtime.engines.torch.share import Share  # noqa: E402
@@ -29,8 +30,9 @@ from sagec.universe import sagec_context  # noqa: E402
 from tests.checkpoints import VOCAB, checkpoint  # noqa: E402
 from tests.torch_programs import graphs_of, program  # noqa: E402
 
-KIND, BLOCKS, BLOCK_TOKENS = "qwen3-tied", 64, 8
-SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=6)
+KINDS, BLOCKS, BLOCK_TOKENS = ("qwen3-tied", "qwen3-moe"), 96, 8
+COUNTS = st.integers(1, 30) | st.integers(SHORT_TOKENS + 1, SHORT_TOKENS + 5)
+SPANS = st.lists(st.tuples(st.integers(0, 40), COUNTS), min_size=1, max_size=6)
 SLOW, FAR = {"bytes_per_s": 1e6, "latency_us": 1.0}, {"bytes_per_s": 1e9, "latency_us": 1e4}
 """Links: so slow that it pays to read all weights twice and hide half of the messages; so far that
 few messages are better than early ones."""
@@ -45,9 +47,9 @@ WAYS = {  # micro-batches, link, passes, and a pattern that must be in the code 
 }
 
 
-def loaded(tp: int, rank: int):
+def loaded(kind: str, tp: int, rank: int):
     """A rank's model; the tests give it code and KV."""
-    folder = checkpoint(KIND)
+    folder = checkpoint(kind)
     options = {"tp": str(tp), "program": str(program(folder, tp))}
     spec = InstanceSpec(
         id="i0",
@@ -60,9 +62,14 @@ def loaded(tp: int, rank: int):
     return load_model(spec, read_options(spec), Share(rank, tp))
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole():
-    model = loaded(1, 0)
+def whole(kind: str):
+    model = loaded(kind, 1, 0)
     model.program = None
     generator = torch.Generator().manual_seed(1)
     for layer in model.kv:
@@ -71,9 +78,9 @@ def whole():
 
 
 @pytest.fixture(scope="module")
-def shares(tmp_path_factory):
+def shares(kind: str, tmp_path_factory):
     meeting = tmp_path_factory.mktemp("ranks") / f"meeting-{threading.get_ident()}"
-    models = [loaded(2, rank) for rank in range(2)]
+    models = [loaded(kind, 2, rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
         met = pool.map(lambda rank: Ranks(meeting, rank, 2), range(2))
     for model, ranks in zip(models, met, strict=True):
@@ -82,18 +89,18 @@ def shares(tmp_path_factory):
 
 
 @functools.cache
-def program_after(way: str):
+def program_after(kind: str, way: str):
     """The file of what the passes make of a hybrid, a prefill and a decode step of two ranks."""
     micro_batches, link, passes, telling = WAYS[way]
     devices = [cluster.DeviceOp.named(name, flops_per_s=2e10, bytes_per_s=1e10)
                for name in ("g0", "g1")]  # fmt: skip
-    graphs = graphs_of(checkpoint(KIND), 2, micro_batches)
+    graphs = graphs_of(checkpoint(kind), 2, micro_batches)
     module = ModuleOp([*devices, cluster.LinkOp.between("g0", "g1", **link), *graphs])
     passes_of(passes).apply(sagec_context(), module)
     module.verify()
     text = program_of([op for op in module.body.block.ops if isinstance(op, ExecGraphOp)])
     assert re.search(telling, text), text
-    path = checkpoint(KIND) / f"{way.replace(' ', '-')}.py"
+    path = checkpoint(kind) / f"{way.replace(' ', '-')}.py"
     path.write_text(text)
     return path
 
@@ -117,11 +124,11 @@ def step(model, spans):
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=8, deadline=None)
 @given(spans=SPANS)
-def test_two_ranks_compute_what_one_does_whatever_passes_did(whole, shares, way: str, spans):
+def test_two_ranks_compute_what_one_does_whatever_passes_did(kind, whole, shares, way: str, spans):
     before = whole.kv
     whole.kv = [layer.clone() for layer in before]
     for rank, model in enumerate(shares):
-        model.program = load_program(program_after(way), model.config, tp=2)
+        model.program = load_program(program_after(kind, way), model.config, tp=2)
         model.kv = [layer.chunk(2, dim=3)[rank].contiguous() for layer in before]
     expected = step(whole, spans)
     with ThreadPoolExecutor(2) as pool:

@@ -108,6 +108,8 @@ def test_every_named_pipeline_runs(compiler: Compiler, pipeline: str) -> None:
     if "solve" in PIPELINES[pipeline].text:
         pytest.importorskip("highspy")
     module = compiler.parse(SCENE.text(), "scene.mlir").module
+    if "require-exec" in PIPELINES[pipeline].text:
+        compiler.optimize(module, "serve,convert-pd-to-exec")
     compiler.optimize(module, pipeline)
     module.verify()
     if "fuse-steps" in PIPELINES[pipeline].text:

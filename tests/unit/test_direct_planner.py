@@ -29,7 +29,7 @@ from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Instance
 from sagec.runtime.plan import ExecutionPlan, encode
 from sagec.runtime.request import Request
-from sagec.runtime.state import Decision, Instances, Running, State, Waiting
+from sagec.runtime.state import ANY, Decision, Instances, Running, State, Waiting
 from tests.serving_graphs import Round, places, rounds
 from tests.test_house import in_python
 
@@ -347,7 +347,7 @@ import numpy as np
 from sagec.runtime.direct.cluster import Abilities, Cluster
 from sagec.runtime.direct.planner import DirectPlanner
 from sagec.runtime.direct.topology import Device, Instance, Model, Topology
-from sagec.runtime.state import Decision, Instances, Running, State, Waiting
+from sagec.runtime.state import ANY, Decision, Instances, Running, State, Waiting
 
 model = Model("m", 2, 64, 4, 2, 16, 128, 256, "bf16", 0, 0, 0, 0, "")
 device = Device("g", "cpu", 0, 1e12, 1e9)
@@ -363,3 +363,102 @@ state = State(
 plans = DirectPlanner(cluster, horizon=16).plan(state, Decision.admit(np.array([0]), state.waiting))
 print([plan.target_instance_id for plan in plans], "xdsl" in sys.modules)
 """
+
+
+# Residents that find no blocks
+
+TIGHT = """
+cluster.model @m {layers = 2, hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, ffn = 128,
+  vocab = 256}
+cluster.device @g0 {flops_per_s = 1.0e+12, bytes_per_s = 1.0e+9}
+cluster.device @g1 like @g0
+cluster.link @g0 to @g1 {bytes_per_s = 1.0e+9}
+cluster.instance @a on [@g0] engine "sim" role both model @m {kv_blocks = 12, block_tokens = 16}
+cluster.instance @b on [@g1] engine "sim" role both model @m {kv_blocks = 9, block_tokens = 16}
+"""
+
+
+@st.composite
+def tight_rounds(draw: st.DrawFn) -> tuple[State, Decision]:
+    """Residents that mostly need more blocks than there are; some prompts are under way, some KV
+    still comes, some requests wait; the strategy preempts some itself, and bounds some turns."""
+    count = draw(st.integers(2, 9))
+
+    def column(some: st.SearchStrategy[Any], rows: int = count) -> Any:
+        return np.array(draw(st.lists(some, min_size=rows, max_size=rows)))
+
+    instance, prompt = column(st.integers(0, 1)), column(st.integers(1, 60))
+    computed = prompt + column(st.sampled_from([0, 0, 3, 30, -1]))
+    running = Running.of(
+        [f"r{i}" for i in range(count)],
+        instance=instance,
+        decode_on=instance,
+        prompt_tokens=prompt,
+        computed_tokens=np.maximum(computed, 0),
+        remaining_tokens=column(st.sampled_from([1, 5, 40])),
+        arriving=column(st.sampled_from([False, False, False, True])),
+    )
+    waits = draw(st.integers(0, 2))
+    waiting = Waiting.of(
+        [f"w{i}" for i in range(waits)],
+        prompt_tokens=column(st.integers(2, 30), waits).astype(np.int64),
+        generate_tokens=column(st.integers(1, 9), waits).astype(np.int64),
+    )
+    instances = Instances.of(
+        ["a", "b"], role="both", kv_blocks=np.array([12, 9]), block_tokens=16, idle=False
+    )
+    state = State(now_us=5, round=1, waiting=waiting, running=running, instances=instances)
+    rows = sorted(draw(st.sets(st.integers(0, count - 1), max_size=2)))
+    decision = Decision.admit(waiting.rows, waiting)
+    decision = dataclasses.replace(
+        decision,
+        preempt_rows=np.array(rows, np.int64),
+        preempt_how=np.zeros(len(rows), np.int64),
+        preempt_reason=np.array(["late"] * len(rows), object),
+        turn_steps=draw(st.sampled_from([None, np.array([ANY, 0]), np.array([2, ANY])])),
+    )
+    return state, decision
+
+
+@LAX
+@given(tight_rounds(), st.sampled_from(("hybrid", "time-share")))
+def test_residents_that_find_no_blocks_leave_as_by_the_compiler(
+    asked: tuple[State, Decision], mode: str
+) -> None:
+    module = COMPILER.parse(TIGHT, "cluster.mlir").module
+    planner = DirectFirstPlanner(CompilingPlanner(module, mode=mode))
+    expected = said(CompilingPlanner(module, mode=mode), *asked)
+    assert said(planner, *asked) == expected
+    if isinstance(expected, str):
+        event("refused")
+        return
+    plans = planner.plan(*asked)
+    left = sum(len(plan.preemptions.row) for plan in plans) - len(asked[1].preempt_rows)
+    event("some left" if left > 0 else "nobody left")
+    assert not planner.fallbacks
+
+
+def test_all_residents_of_an_instance_may_leave_it() -> None:
+    """One prompt is under way and needs all blocks; the plan that drops the others is direct."""
+    state = State(
+        now_us=5,
+        round=1,
+        waiting=Waiting.of([]),
+        running=Running.of(
+            ["long", "x", "y"],
+            instance=0,
+            decode_on=0,
+            prompt_tokens=np.array([180, 20, 20]),
+            computed_tokens=np.array([20, 21, 25]),
+            remaining_tokens=np.array([4, 30, 30]),
+        ),
+        instances=Instances.of(
+            ["a", "b"], role="both", kv_blocks=np.array([12, 9]), block_tokens=16, idle=False
+        ),
+    )
+    planner = planner_for(text=TIGHT)
+    asked = (state, Decision.admit(np.array([], np.int64), state.waiting))
+    (plan,) = planner.plan(*asked)
+    assert [plan.request_ids[row] for row in plan.preemptions.row] == ["x", "y"]
+    assert not planner.fallbacks
+    assert [encode(plan)] == said(planner.compiler, *asked)

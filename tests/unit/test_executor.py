@@ -285,6 +285,32 @@ def test_steps_on_the_wall_clock_are_waited_for():
     assert report.last_token_us - report.first_token_us >= 6 * 3000
 
 
+def test_who_comes_while_an_engine_computes_is_in_the_plan_of_the_next_step():
+    class Told:
+        """A clock that real engines would have: time passes while they compute."""
+
+        us = 0
+
+        def now_us(self) -> int:
+            return self.us
+
+    class Slow(Echo):
+        def poll(self, timeout_s=0.0):
+            events = super().poll(timeout_s)
+            clock.us += 1000 * any(isinstance(event, StepReport) for event in events)
+            return events
+
+    clock = Told()
+    engines = {"x0": Slow(spec("x0"), clock)}
+    heard = []
+    api = ExecutorAPI(engines, members(engines, ONE), clock, [heard.append])
+    late = Request(id="late", prompt=(1, 2), max_output_tokens=2, arrival_us=500)
+    served = Served().take(api.serve([A, late], create("fifo"), DirectPlanner()))
+    assert set(served.tokens) == {"a", "late"}
+    steps = [said for said in heard if isinstance(said, StepReport)]
+    assert [[name for name, _, _ in step.chunks] for step in steps[:2]] == [["a"], ["late"]]
+
+
 # Status.
 
 

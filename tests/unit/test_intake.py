@@ -7,6 +7,7 @@ import pytest
 from sagec.runtime.clock import VirtualClock, WallClock
 from sagec.runtime.engines.echo import Echo
 from sagec.runtime.executor import ExecutorAPI, ExecutorError
+from sagec.runtime.intake import Intake
 from sagec.runtime.loop import Arrived, Finished, Refused, Token
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.status import RequestPhase
@@ -127,6 +128,18 @@ def test_requests_of_a_trace_that_find_too_many_waiting_are_refused_among_the_ou
     assert 0 < len(refused) < 10
     for name in refused:
         assert served.ends[name].detail == "3 requests wait already; max_waiting is 3"
+
+
+def test_requests_that_were_taken_and_not_heard_of_yet_count_as_waiting():
+    intake = Intake(max_waiting=2)
+    asked = [small(f"r{n}", arrival_us=n) for n in range(4)]
+    intake.open(asked, 0, lambda: (0, 0), takes_more=False)
+    assert [said.request.id for said in intake.take(0)] == ["r0"]
+    assert [said.request.id for said in intake.take(2, again=True)] == ["r1"]
+    assert [refused.request_id for refused in intake.take_refused()] == ["r2"]
+    arrived, _ = intake.take(3)
+    assert arrived.request.id == "r3"
+    intake.shut()
 
 
 @pytest.mark.parametrize("bound", ["max_waiting", "max_waiting_tokens"])

@@ -55,6 +55,13 @@ def test_a_chunk_attends_to_all_tokens_before_each_of_its_own() -> None:
     assert (use.busy_us, use.steps, use.kv_blocks, use.kv_hit_rate) == (20, 1, [7], 2 / 5)
 
 
+def test_what_was_sampled_is_counted_whether_the_tokens_are_said_or_only_how_many() -> None:
+    meter = Meter(["i0"])
+    meter.hear(step(chunks=(("a", 0, 9), ("b", 0, 4)), tokens=(("a", 0, 17),)))
+    meter.hear(step(decodes=("a", "b"), steps=3, advanced=(("a", 1, 3), ("b", 0, 2))))
+    assert meter.instances["i0"].sampled_tokens == 1 + 3 + 2
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_decode_attends_to_all_tokens_before_it_and_to_its_own(at_once: bool) -> None:
     meter = Meter(["i0", "d0"])

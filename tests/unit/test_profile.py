@@ -105,6 +105,9 @@ def changed(**fields: object) -> str:
         (changed(engine=3), "profile: engine is 3; a text is wanted"),
         (changed(colour="red"), "profile: no field 'colour'; there are: engine, device"),
         (changed(tp=-1), "profile: tp is -1; 0 or more"),
+        (changed(turn_us=-0.5), "profile: turn_us is -0.5; a number, 0 or more"),
+        (changed(round_us=float("inf")), "profile: round_us is inf; a number, 0 or more"),
+        (changed(round_us="2"), "profile: round_us is '2'; a number is wanted"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused_in_a_line_with_its_name(
@@ -121,6 +124,13 @@ def test_a_file_that_is_no_profile_is_refused_in_a_line_with_its_name(
     assert str(refused.value).startswith(f"{path}: ")
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_step_takes_longer_by_the_loops_turn_whatever_it_computes():
+    turned = dataclasses.replace(MADE, turn_us=300.0, round_us=2000.0)
+    assert profile.from_json(json.loads(profile.to_text(turned))) == turned
+    for point in STEPS:
+        assert turned.fit.one(*point.step) == pytest.approx(MADE.fit.one(*point.step) + 300.0)
 
 
 def test_a_file_that_is_not_there_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -198,7 +208,7 @@ def test_no_fit_of_whatever_was_measured_ever_falls_or_is_below_zero(points: lis
     given_ = [*MADE.points[:3], *alone, *MADE.points[24:27], *decodes, *points]
     fit = fit_of(given_)  # its curves refuse to fall, and to be below zero
     assert fit.pair_us >= 0 and fit.context_us >= 0
-    assert 0 <= fit.shared_us <= min(fit.prefill.begin_us, fit.decode.begin_us)
+    assert 0 <= fit.shared_us <= min(fit.prefill.one(1), fit.decode.one(1))
     assert fit == fit_of(given_)
 
 
@@ -271,6 +281,17 @@ def test_the_benchmark_of_costs_writes_its_table(
     assert "median" in capsys.readouterr().out
 
 
+def test_the_benchmark_of_costs_says_in_one_line_that_there_is_no_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark(monkeypatch)
+    with pytest.raises(SystemExit) as left:
+        module.main(["--profile", str(tmp_path / "none.json")])
+    assert left.value.code == 1
+    err = capsys.readouterr().err
+    assert err.endswith("none.json: No such file or directory\n") and err.count("\n") == 1
+
+
 # In files
 
 
@@ -319,6 +340,11 @@ def test_a_profile_that_is_missing_is_an_error_at_its_name(tmp_path: Path) -> No
         ("on d, e pp 2", MADE, "measured at pp 1, not 2"),
         (
             "on d",
+            dataclasses.replace(MADE, device="h100"),
+            "measured on a device of kind h100, not cpu; measure on this one: sagec profile",
+        ),
+        (
+            "on d",
             dataclasses.replace(MADE, points=MADE.points[:2]),
             "points: 2 of prefill steps; a fit needs 3 at least",
         ),
@@ -333,6 +359,13 @@ def test_a_profile_of_another_instance_is_an_error_at_the_instance(
         topology_of(unit.module)
     assert "instance @i: " in str(refused.value)
     assert f"made.json: {says}" in str(refused.value)
+
+
+def test_a_device_that_says_no_kind_takes_a_profile_of_any(tmp_path: Path) -> None:
+    written(tmp_path, dataclasses.replace(MADE, device="h100"))
+    unit = Compiler().parse(sage('profile "made.json"'), str(tmp_path / "serve.sage"))
+    (instance,) = topology_of(unit.module).instances
+    assert (instance.cost.fit, instance.devices[0].kind) == (MADE.fit, "cpu")
 
 
 def test_the_devices_of_an_instance_need_one_profile_for_all(tmp_path: Path) -> None:

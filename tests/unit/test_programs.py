@@ -81,10 +81,11 @@ def test_a_damaged_file_is_written_again():
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_experts_have_no_code():
+def test_experts_compute_the_rows_that_are_routed_to_them():
     (one,) = instances(ONE.replace("@m", "@moe"))
-    with pytest.raises(PassError, match="4 experts; the torch engine computes dense models only"):
-        programs.program_for(one)
+    program = programs.program_for(one)
+    assert program.count("for expert, rows, share in layer.ffn.routed(normed):") == 3
+    assert '    "experts": 4,\n    "experts_per_token": 2,\n' in program
 
 
 def test_a_layout_that_does_not_fit_is_refused():

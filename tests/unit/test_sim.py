@@ -16,10 +16,12 @@ from sagec.passes.topology import topology_of
 from sagec.runtime.clock import VirtualClock
 from sagec.runtime.engines import (
     EngineError,
+    Event,
     KVCached,
     KVHandle,
     KVImported,
     PlanDone,
+    Preempted,
     StepReport,
 )
 from sagec.runtime.engines.sim import SimEngine, create
@@ -28,7 +30,15 @@ from sagec.runtime.engines.sim.network import Key, Network, NetworkError, Route
 from sagec.runtime.engines.sim.outages import Outage, OutageError
 from sagec.runtime.kv import block_hashes, policies
 from sagec.runtime.loop import Finished
-from sagec.runtime.plan import Chunks, Decodes, ExecutionPlan, Moves, Rows
+from sagec.runtime.plan import (
+    SWAP,
+    Chunks,
+    Decodes,
+    ExecutionPlan,
+    Moves,
+    Preemptions,
+    Rows,
+)
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create as strategy
 from tests.direct_planner import DirectPlanner, table
@@ -117,14 +127,96 @@ def test_kv_that_finds_no_room_waits_until_another_request_has_left():
     )
     engine.submit(plan, [here])
     engine.receive(handle_of(coming, engine.capability().kv_layout))
-    events = engine.poll()
-    while (next_us := engine.next_us()) is not None:
-        clock.advance_to(next_us)
-        events += engine.poll()
+    events = run_out(engine, clock)
     ends = {name: e.end_us for e in events if isinstance(e, StepReport) for name, _ in e.finished}
     assert [e.end_us for e in events if isinstance(e, KVImported)] == [ends["a"]]
     assert ends["b"] > ends["a"]
     assert events[-1] == PlanDone(instance="x0", plan_id="p")
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_what_a_plan_computes_begins_later_by_what_planning_takes(cluster):
+    served = simulate(CLUSTERS[cluster], requests(20), round_us="700")
+    assert {reason for reason, _, _ in ends_of(served).values()} == {FinishReason.LENGTH}
+    begun = {(r.instance, r.plan_id) for r in steps_of(served)}
+    assert len(begun) > 3
+    for name in CLUSTERS[cluster]:
+        plan_id, free_us = "", 0
+        for step in (step for step in steps_of(served) if step.instance == name):
+            planned_us = 0 if step.plan_id == plan_id else 700
+            assert step.begin_us - free_us >= planned_us
+            plan_id, free_us = step.plan_id, step.end_us
+    alone = [Request(id="a", prompt=range(32), max_output_tokens=5)]
+    assert simulate(ONE, alone, round_us="700").ends["a"].report.ttft_us == 700 + round(
+        COST.one_step_us(32, 32 * 33 / 2, 0)
+    )
+
+
+def test_kv_that_comes_while_a_plan_is_made_joins_at_its_second_step():
+    clock = VirtualClock()
+    engine = SimEngine(sim_spec("x0", round_us="500", link_latency_us="200"), clock)
+    here, coming = (Request(id=name, prompt=range(20), max_output_tokens=9) for name in "ab")
+    plan = ExecutionPlan(
+        plan_id="p",
+        round=0,
+        target_instance_id="x0",
+        mode="hybrid",
+        num_steps=20,
+        max_step_tokens=64,
+        peers=("p0",),
+        request_ids=("a", "b"),
+        rows=table(Rows, [(20, 0, 2, 0), (20, 0, 2, 0)]),
+        chunks=table(Chunks, [(0, 0, 0, 20, 1)]),
+        decodes=table(Decodes, [(0, 1, 28), (1, 0, 28)]),
+        imports=table(Moves, [(1, 0, 20)]),
+    )
+    engine.submit(plan, [here])
+    engine.receive(handle_of(coming, engine.capability().kv_layout))
+    steps = [e for e in run_out(engine, clock) if isinstance(e, StepReport)]
+    assert steps[0].begin_us == 500
+    assert [step.decodes for step in steps[:2]] == [(), ("a", "b")]
+
+
+def test_kv_that_goes_to_host_memory_and_comes_back_takes_the_links_time_before_the_next_step():
+    clock = VirtualClock()
+    engine = SimEngine(sim_spec("x0", link_bytes_per_s="1e9", link_latency_us="40"), clock)
+    asked = [Request(id=name, prompt=range(20), max_output_tokens=9) for name in "ab"]
+    alone = {
+        "round": 0,
+        "target_instance_id": "x0",
+        "mode": "hybrid",
+        "max_step_tokens": 64,
+        "request_ids": ("a", "b"),
+        "rows": table(Rows, [(20, 0, 2, 0), (20, 0, 2, 0)]),
+    }
+    prompts = table(Chunks, [(0, 0, 0, 20, 1), (0, 1, 0, 20, 1)])
+    engine.submit(ExecutionPlan(plan_id="1", num_steps=1, chunks=prompts, **alone), asked)
+    run_out(engine, clock)
+    out_us = clock.now_us()
+    without_b = {"decodes": table(Decodes, [(0, 0, 22)])}
+    swapped = table(Preemptions, [(1, SWAP)])
+    engine.submit(
+        ExecutionPlan(plan_id="2", num_steps=2, preemptions=swapped, **without_b, **alone)
+    )
+    events = run_out(engine, clock)
+    assert [e.kept_tokens for e in events if isinstance(e, Preempted)] == [20]
+    copy_us = 40 + round(20 * COST.kv_bytes_per_token / 1e3)
+    assert next(e for e in events if isinstance(e, StepReport)).begin_us == out_us + copy_us
+    back_us = clock.now_us()
+    again = {"decodes": table(Decodes, [(1, 0, 28)])}
+    engine.submit(ExecutionPlan(plan_id="3", num_steps=8, **again, **alone))
+    steps = [e for e in run_out(engine, clock) if isinstance(e, StepReport)]
+    assert (steps[0].begin_us, steps[0].decodes) == (back_us + copy_us, ("b",))
+    assert sum(step.end_us - step.begin_us for step in steps) == clock.now_us() - back_us - copy_us
+
+
+def run_out(engine: SimEngine, clock: VirtualClock) -> list[Event]:
+    """All that an engine says until it has nothing more to do."""
+    events = engine.poll()
+    while (next_us := engine.next_us()) is not None:
+        clock.advance_to(next_us)
+        events += engine.poll()
+    return events
 
 
 def handle_of(request: Request, layout: str) -> KVHandle:
@@ -158,9 +250,10 @@ def test_many_like_steps_are_one_report():
     gaps=st.lists(st.integers(0, 3000), min_size=1, max_size=25),
     cancelled=st.sets(st.integers(0, 24), max_size=4),
     cache=st.sampled_from(["on", "off"]),
+    round_us=st.sampled_from(["0", "900"]),
 )
 def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
-    cluster, kv_blocks, gaps, cancelled, cache
+    cluster, kv_blocks, gaps, cancelled, cache, round_us
 ):
     asked = []
     for i, gap in enumerate(gaps):
@@ -170,9 +263,11 @@ def test_whatever_comes_when_nothing_is_lost_and_all_is_the_same_again(
             Request(id=f"r{i}", prompt=prompt, max_output_tokens=1 + i * 7 % 40, arrival_us=at)
         )
 
+    options = {"prefix_cache": cache, "round_us": round_us}
+
     def run() -> Served:
         served = Served()
-        executor = sim_executor(CLUSTERS[cluster], served, kv_blocks, prefix_cache=cache)
+        executor = sim_executor(CLUSTERS[cluster], served, kv_blocks, **options)
         for output in executor.serve(asked, strategy("fifo"), DirectPlanner()):
             served.take([output])
             if isinstance(output, Finished) and len(served.ends) in cancelled:
@@ -232,6 +327,7 @@ def test_a_small_cache_gives_way_to_requests():
         ({"overhead_us": "soon"}, "overhead_us='soon': a number, 0 or more"),
         ({"flops_per_s": "0"}, "flops_per_s='0': more than 0"),
         ({"link_bytes_per_s": "0"}, "link_bytes_per_s='0': more than 0"),
+        ({"round_us": "-1"}, "round_us='-1': a number, 0 or more"),
         ({"prefix_cache": "maybe"}, "prefix_cache='maybe': on or off"),
         ({"prefix_cache": "on", "eviction": "lry"}, "no eviction policy 'lry'; did you mean 'lru'"),
     ],

@@ -15,9 +15,14 @@ from sagec.cli.profiling import error_table
 from sagec.compiler import Compiler
 from sagec.passes.topology import topology_of
 from sagec.runtime import profile
-from sagec.runtime.engines import Engine, EngineError, InstanceSpec, create
+from sagec.runtime.engines import Engine, EngineError, InstanceSpec, StepReport, create
+from sagec.runtime.engines.echo import Echo
+from sagec.runtime.loop import Instance
+from sagec.runtime.loop_timer import LoopTimes, measure
 from sagec.runtime.profile import Point
-from sagec.runtime.step_timer import Grid, StepTimer
+from sagec.runtime.step_timer import Grid, StepTimer, _summary, _Taken
+from sagec.simulation import simulated_spec
+from tests.direct_planner import DirectPlanner
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "examples" / "models" / "tiny"
@@ -63,7 +68,7 @@ def test_every_point_of_the_grid_is_measured() -> None:
     assert steps(points, "decode") == {(0, 0, 0, batch) for batch in (1, 2, 4)}
     assert steps(points, "mixed") == {(1, c, 0, batch) for batch in (1, 2, 4) for c in (4, 16)}
     assert len(points) == 12 + 2 * (3 + 6)
-    assert all(point.us >= 1 and point.repeats >= 2 for point in points)
+    assert all(point.us >= 1 and point.repeats >= 1 for point in points)
 
 
 def test_decodes_are_measured_at_about_the_context_that_was_asked() -> None:
@@ -80,6 +85,15 @@ def test_after_measuring_the_instance_holds_nothing() -> None:
     measured.check_integrity()
 
 
+def test_of_a_steps_repeats_those_count_that_waited_least_for_a_processor() -> None:
+    report = StepReport(instance="e", plan_id="p", step=0, begin_us=0, end_us=9)
+    times = [(100.0, 0.0), (104.0, 0.0), (1.0, 900.0), (500.0, 40.0), (102.0, 3.0)]
+    found = _summary(Point(1.0, decodes=1), [_Taken(report, *one) for one in times])
+    assert (found.us, found.repeats) == (102.0, 3)
+    steady = _summary(Point(1.0, decodes=1), [_Taken(report, us, 0.0) for us, _ in times])
+    assert (steady.us, steady.repeats) == (102.0, 5)
+
+
 def test_what_an_instance_has_no_room_for_is_not_measured() -> None:
     points = StepTimer(engine(kv_blocks=30), "e", 256, max_batch=2, max_step_tokens=16).points(GRID)
     assert points
@@ -91,6 +105,27 @@ def test_what_an_instance_has_no_room_for_is_not_measured() -> None:
 def test_an_instance_that_fails_is_an_error_with_its_name() -> None:
     with pytest.raises(EngineError, match=r"^instance 'other': .*'e'"):
         StepTimer(engine(), "other", 256).points(GRID)
+
+
+# The loop between steps
+
+
+def loop_times(one: Engine, count: int) -> LoopTimes:
+    instance = Instance(id="e", role="both", engine="echo", capability=one.capability())
+    return measure(one, instance, DirectPlanner(), 256, count)
+
+
+def test_what_the_loop_takes_is_measured_and_nothing_is_left_behind() -> None:
+    one = engine()
+    found = loop_times(one, 12)
+    assert found.turn_us > 0 and found.round_us >= 0
+    assert isinstance(one, Echo)
+    assert one.kv_blocks_used() == 0
+
+
+def test_a_loop_that_cannot_serve_a_request_is_an_error_with_the_instances_name() -> None:
+    with pytest.raises(EngineError, match=r"^instance 'e': rejected: 24 prompt tokens"):
+        loop_times(engine(kv_blocks=2), 1)
 
 
 # sagec profile
@@ -113,6 +148,7 @@ def test_the_torch_engine_is_measured_and_the_profile_can_be_read(measured: Path
     kinds = [point.kind for point in found.points]
     assert all(kinds.count(kind) >= profile.FEWEST_POINTS for kind in profile.KINDS)
     assert found.fit.prefill.one(256) > found.fit.prefill.one(1)
+    assert found.turn_us > 0
 
 
 def test_a_file_that_names_what_was_measured_costs_that(measured: Path) -> None:
@@ -124,7 +160,9 @@ def test_a_file_that_names_what_was_measured_costs_that(measured: Path) -> None:
     )
     unit = Compiler().parse(text, str(measured.parent / "serve.sage"))
     (instance,) = topology_of(unit.module).instances
-    assert instance.cost.fit == profile.read(str(measured)).fit
+    found = profile.read(str(measured))
+    assert instance.cost.fit == found.fit
+    assert simulated_spec(instance, {}).options["round_us"] == repr(found.round_us)
 
 
 def test_the_command_prints_how_far_off_its_fits_are(
@@ -137,6 +175,26 @@ def test_the_command_prints_how_far_off_its_fits_are(
     for words in ("how far off", "prefill", "decode", "mixed", "of @d0 (torch)", 'profile "here'):
         assert words in out
     assert profile.read(str(path)).points
+
+
+@pytest.mark.parametrize("suffix", ["sage", "mlir"])
+def test_a_file_can_be_measured_whose_device_names_the_profile_to_write(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"new.{suffix}"
+    sage = (
+        f'model tiny from "{TINY}"\ncluster c {{ device d kind cpu profile "not-yet.json"\n'
+        "instance i on d engine torch kv_blocks 64 }\n"
+        'serve on c { request "r" tokens 8 generate 4 }'
+    )
+    if suffix == "mlir":
+        module = Compiler().parse(sage, str(tmp_path / "new.sage"), profiles=False).module
+        sage = str(module).replace('kind = "cpu"', 'kind = "cpu", profile = "not-yet.json"')
+    file.write_text(sage)
+    out = tmp_path / "not-yet.json"
+    argv = ["profile", str(file), "--quick", "--repeats", "1", "-o", str(out)]
+    assert main(argv) == 0, capsys.readouterr().err
+    assert profile.read(str(out)).device == "cpu"
 
 
 def test_where_points_are_too_few_to_keep_half_back_the_table_says_so() -> None:

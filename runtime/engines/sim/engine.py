@@ -193,10 +193,11 @@ class SimEngine:
             self._end_with_arrivals(self._stretch, self._running, now_us)
 
     def _end_with_arrivals(self, stretch: Stretch, running: RunningPlan, now_us: int) -> None:
-        """KV that comes joins at the next step. KV that has come already and found no room waits
-        until rows leave, with the stretch."""
+        """KV that comes joins at the next step: the second one, where it comes while the first is
+        being planned. KV that has come already and found no room waits until rows leave, with the
+        stretch."""
         if arrivals := [us for us in self._coming(running) if us > now_us]:
-            stretch.end_with_the_step_at(min(arrivals))
+            stretch.end_with_the_step_at(max(min(arrivals), stretch.told_until_us + 1))
 
     def _turn(self, now_us: int) -> None:
         """Tell of steps that ended, hear what came in and begin what is next."""
@@ -214,10 +215,22 @@ class SimEngine:
         self._import_arrived(running, now_us)
         begin_us = max(self._free_at_us, now_us)
         self._stretch = running.next_stretch(self._residents, self._options.cost, begin_us)
+        if self._residents.copied:
+            self._copy_first(begin_us)
         if self._stretch is not None:
-            self._end_with_arrivals(self._stretch, running, begin_us)
+            self._end_with_arrivals(self._stretch, running, now_us)
         elif running.step >= running.plan.num_steps or not self._awaits(running):
             self._finish_plan()
+
+    def _copy_first(self, begin_us: int) -> None:
+        """KV that goes to host memory, or comes back, is copied before anything is computed."""
+        options, copied = self._options, self._residents.copied
+        link_us = 1e6 * sum(copied) * self._kv_bytes / options.link_bytes_per_s
+        copy_us = round(len(copied) * options.link_latency_us + link_us)
+        copied.clear()
+        self._free_at_us = begin_us + copy_us
+        if self._stretch is not None:
+            self._stretch.begin_later(copy_us)
 
     def _coming(self, running: RunningPlan) -> list[int]:
         """When KV will be here that the plan imports."""
@@ -321,6 +334,7 @@ class SimEngine:
         if plan.target_instance_id != self._id:
             raise PlanError(f"plan {plan.plan_id}: for {plan.target_instance_id!r}, not {self._id}")
         self._running = running = RunningPlan(plan)
+        self._free_at_us = max(self._free_at_us, self._clock.now_us()) + self._options.round_us
         self._preempt(plan)
         for request_id in running.imports:  # what it was here before it was placed elsewhere
             row = self._residents.rows.get(request_id)
@@ -340,10 +354,11 @@ class SimEngine:
         for index, how in zip(*columns, strict=True):
             if (row := self._residents.rows.get(plan.request_ids[index])) is None:
                 continue
-            self._residents.let_go(row)
-            row.swapped = how == SWAP
-            if how != SWAP:
-                row.computed = 0
+            if how == SWAP:
+                self._residents.swap_out(row)
+            else:
+                self._residents.let_go(row)
+                row.swapped, row.computed = False, 0
             self._events.append(
                 Preempted(instance=self._id, request_id=row.request.id, kept_tokens=row.computed)
             )

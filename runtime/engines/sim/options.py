@@ -10,7 +10,8 @@ from sagec.runtime.engines import EngineError, InstanceSpec
 class Options:
     """cost: of its steps. link_bytes_per_s, link_latency_us: of KV that leaves it, to another
     instance or to host memory. cache: whether KV of finished requests is kept for those that come.
-    eviction: the policy by which it goes.
+    eviction: the policy by which it goes. round_us: what planning takes, by which the steps of a
+    new plan begin later.
     """
 
     cost: StepCost
@@ -18,13 +19,15 @@ class Options:
     link_latency_us: float = 20.0
     cache: bool = False
     eviction: str = "lru"
+    round_us: int = 0
 
 
 def read_options(spec: InstanceSpec) -> Options:
     """The options of `spec`, all given as text. Raises EngineError for one that is wrong."""
     costs = dict.fromkeys(NUMBERS, 0.0) | {"flops_per_s": 1e12, "bytes_per_s": 1e11}
     costs["overhead_us"] = 100.0
-    known = [*NUMBERS, "fit", "link_bytes_per_s", "link_latency_us", "prefix_cache", "eviction"]
+    known = [*NUMBERS, "fit", "link_bytes_per_s", "link_latency_us", "round_us"]
+    known += ["prefix_cache", "eviction"]
     others: dict[str, float] = {}
     for name, text in spec.options.items():
         if name not in known:
@@ -46,6 +49,7 @@ def read_options(spec: InstanceSpec) -> Options:
         cost=StepCost(**costs, fit=_fit(spec)),
         cache=cache == "on",
         eviction=spec.options.get("eviction", "lru"),
+        round_us=round(_number(spec, "round_us", spec.options.get("round_us", "0"))),
         **others,
     )
 

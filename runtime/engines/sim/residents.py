@@ -20,6 +20,7 @@ class Residents:
         self.room_tokens = kv_blocks * block_tokens
         self.rows: dict[str, Row] = {}
         self.reused: list[tuple[str, int]] = []
+        self.copied: list[int] = []  # tokens of each KV that went to host memory, or came back
         self._own_blocks = self._pinned_blocks = 0
         self._index: PrefixIndex | None = None
         if eviction:
@@ -74,6 +75,13 @@ class Residents:
             row.leased = []
         row.blocks = 0
 
+    def swap_out(self, row: Row) -> None:
+        """Copy the row's KV to host memory and have it hold no block."""
+        if row.computed and not row.swapped:
+            self.copied.append(row.computed)
+        self.let_go(row)
+        row.swapped = True
+
     def begin(self, row: Row) -> None:
         """Give a row that holds nothing yet the longest cached prefix of its prompt."""
         if self._index is None or row.blocks or row.computed:
@@ -114,7 +122,9 @@ class Residents:
             if more > self._free_blocks:
                 return False
         self._hold(row, max(needed, min(reserved, row.blocks + self._free_blocks)))
-        row.swapped = False
+        if row.swapped:
+            self.copied.append(row.computed)
+            row.swapped = False
         return True
 
     def keep_only(self, reserved: dict[str, int]) -> None:

@@ -61,6 +61,11 @@ class Stretch:
         """How many more of the steps have ended since those that were told of."""
         return bisect.bisect_right(self.ends_us, now_us) - self.done
 
+    def begin_later(self, by_us: int) -> None:
+        """Put off steps of which none was told yet."""
+        self.begin_us += by_us
+        self.ends_us = [end_us + by_us for end_us in self.ends_us]
+
     def end_with_the_step_at(self, now_us: int) -> None:
         """Leave out the steps that begin at this time or later."""
         del self.ends_us[max(self.done, bisect.bisect_left(self.ends_us, now_us) + 1) :]

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an instance that fails, as in d0@2s..10s; without END for good; again for more",
     )
+    how.add_argument(
+        "--core",
+        choices=("auto", "python", "native"),
+        default="auto",
+        help="what simulates: the loop in Python, the same in C++, or (auto) this where it can",
+    )
     how.add_argument("--limit", metavar="N", type=positive, help="only the first N requests")
     what = parser.add_argument_group("what to write")
     what.add_argument(
