@@ -361,7 +361,8 @@ class _Candidates:
 
     def _elsewhere(self, may: Bools, at: Sequence[int], avoid: Collection[str]) -> Bools:
         """[rows, sites]: without the sites to avoid, for each row that has others."""
-        others = may & [self.topology.instances[index].name not in avoid for index in at]
+        apart = [self.topology.instances[index].name not in avoid for index in at]
+        others = may & np.array(apart, np.bool_)  # also of no sites at all
         return np.where(others.any(axis=1, keepdims=True), others, may)
 
     def _returning(self) -> dict[int, Bools]:

@@ -17,7 +17,7 @@ from sagec.passes.recent import recent
 from sagec.passes.separate_phases import decode_tokens
 from sagec.passes.topology import Instance, Topology
 from sagec.passes.turns import NO_TURNS, Turns, turns_of
-from sagec.runtime.direct.work import Work, in_turn, within_its_room
+from sagec.runtime.direct.work import Work, bounded_by_its_room, in_turn, within_its_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def _work(
     after = _decodes(decodes, horizon, topology)
     splitter = _Splitter(before, bounds, after, _moves(transfers))
     works = [splitter.work(instance) for instance in topology.instances]
-    works = [work for work in works if len(work.names)]
+    works = [bounded_by_its_room(work) for work in works if len(work.names)]
     return tuple(map(within_its_room, works) if horizon else works)
 
 

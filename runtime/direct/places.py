@@ -255,7 +255,7 @@ def _may(rows: _Rows, cluster: Cluster, at: list[int], said: Ints, tokens: Ints)
 
 def _elsewhere(may: Bools, at: list[int], avoid: frozenset[int]) -> Bools:
     """[rows, sites]: without the sites to avoid, for each row that has others."""
-    others = may & [index not in avoid for index in at]
+    others = may & np.array([index not in avoid for index in at], np.bool_)  # also of no sites
     return np.where(others.any(axis=1, keepdims=True), others, may)
 
 

@@ -75,6 +75,17 @@ def in_turn(work: Work, steps: int | None) -> Work:
     return dataclasses.replace(work, turn_steps=steps, decodes=np.minimum(work.decodes, steps))
 
 
+def bounded_by_its_room(work: Work) -> Work:
+    """The same work, in which a request that goes on until it stops decodes no more than the
+    instance has blocks for; one token at least, so that a prompt that fits nowhere is refused."""
+    unbounded = work.generate >= UNBOUNDED
+    if not np.count_nonzero(unbounded):
+        return work
+    room = work.instance.kv_blocks * work.instance.block_tokens
+    most = np.where(unbounded, np.maximum(room - work.prompt, 1), work.decodes)
+    return dataclasses.replace(work, decodes=np.minimum(work.decodes, most))
+
+
 def within_its_room(work: Work) -> Work:
     """The same work, in which prompts that are under way find blocks for what they decode.
 

@@ -21,7 +21,13 @@ from sagec.runtime.direct.columns import (
 from sagec.runtime.direct.places import Fresh
 from sagec.runtime.direct.topology import Instance, Link
 from sagec.runtime.direct.waves import NotCovered, Residents
-from sagec.runtime.direct.work import Work, in_turn, victims_of, within_its_room
+from sagec.runtime.direct.work import (
+    Work,
+    bounded_by_its_room,
+    in_turn,
+    victims_of,
+    within_its_room,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +87,8 @@ class Splitter:
         for instance in self._busy():
             work = self._work(instance)
             is_full = int(work.blocks.sum()) > instance.kv_blocks
-            if is_full:
-                work = within_its_room(work)
+            if is_full:  # otherwise all is well within bounds
+                work = _within_bounds(work)
             work = in_turn(work, turns.get(instance.index))
             _check_room(work)
             if is_full and (victims := victims_of(work)).size:
@@ -92,7 +98,7 @@ class Splitter:
             return works
         self._let_go()
         busy = self._busy()
-        return [in_turn(within_its_room(self._work(one)), turns.get(one.index)) for one in busy]
+        return [in_turn(_within_bounds(self._work(one)), turns.get(one.index)) for one in busy]
 
     def _let_go(self) -> None:
         """Go on without the residents that leave."""
@@ -356,6 +362,10 @@ def _arrivals(fresh: Fresh, rows: Ints, cluster: Cluster) -> Ints:
         us[over] = np.maximum(us[over], waits)
     arrived: Ints = np.rint(us).astype(np.int64)
     return arrived
+
+
+def _within_bounds(work: Work) -> Work:
+    return within_its_room(bounded_by_its_room(work))
 
 
 def _check_room(work: Work) -> None:

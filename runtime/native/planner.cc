@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include "packing.h"
@@ -61,6 +62,8 @@ struct Planner::Parts {
 
 namespace {
 
+constexpr i64 MOST_HORIZON = 65536;  // packing has a tally for each step
+
 bool any_both(const Cluster& cluster) {
     return std::any_of(cluster.instances.begin(), cluster.instances.end(),
                        [](const PlannedInstance& one) { return one.prefills && one.decodes; });
@@ -88,10 +91,22 @@ void keep_within_room(Work& work) {
     count_blocks(work);
 }
 
+// A request that goes on until it stops decodes no more than the instance has blocks for;
+// bounded_by_its_room in Python.
+void bound_by_room(Work& work) {
+    const i64 room = work.about->kv_blocks * work.about->block_tokens;
+    for (auto& row : work.rows)
+        if (row.generate >= UNBOUNDED)
+            row.decodes = std::min(row.decodes, std::max(room - row.prompt, i64(1)));
+    count_blocks(work);
+}
+
 void fit(Work& work) {
     count_blocks(work);
-    if (work.blocks > work.about->kv_blocks)
-        keep_within_room(work);
+    if (work.blocks <= work.about->kv_blocks)
+        return;
+    bound_by_room(work);
+    keep_within_room(work);
 }
 
 }  // namespace
@@ -385,6 +400,8 @@ void Planner::Parts::add_gone(Plan& plan) const {
 Planner::Planner(Cluster cluster, Mode mode, i64 chunk, i64 horizon) {
     if (horizon < 1)
         throw NotCovered("plans without a horizon");
+    if (horizon > MOST_HORIZON)
+        throw NotCovered("a horizon of more than " + std::to_string(MOST_HORIZON) + " steps");
     parts_ = std::make_unique<Parts>(std::move(cluster), mode, chunk, horizon);
 }
 

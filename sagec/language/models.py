@@ -118,6 +118,11 @@ def _described(model: syntax.Model, scalars: Scalars, errors: Errors) -> Model |
         if isinstance(hidden, int) and hidden % heads == 0:
             scalars.setdefault("head_dim", hidden // heads)
     missing = [s.name for s in MODEL_SCALARS if s.required and s.name not in scalars]
+    if missing == ["head_dim"]:
+        message = f"hidden {hidden} does not divide by heads {heads}"
+        hint = "heads that divide it; or say head_dim, the width of a head"
+        errors.at(model.settings["heads"], message, hint)
+        return None
     if missing:
         message = f"model '{model.name.text}' lacks {', '.join(missing)}"
         errors.at(model.name, message, "a shape needs them all")

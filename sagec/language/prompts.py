@@ -83,25 +83,27 @@ def _counted_prompt(loaded: Workload, index: int, model: Model, begin: int) -> _
     if (ids := loaded.texts.get(index)) is not None:
         return tuple(ids), ()
     length = loaded.prompt_tokens[index]
-    blocks = loaded.rows[index].blocks[: length // MOONCAKE_BLOCK_TOKENS]
+    blocks = loaded.rows[index].blocks[: -(-length // MOONCAKE_BLOCK_TOKENS)]
     instances = loaded.scene.instances.values()
     sizes = {int(one.scalars.get("block_tokens", _BLOCK_TOKENS)) for one in instances}
     hashes: Sequence[int] = ()
     if len(sizes) == 1:  # otherwise a hash would be of other tokens from one instance to the next
         (size,) = sizes
         alone = range(begin, begin + length // size)
-        hashes = _hashes(block_hashes(blocks, 1), size, length) if blocks else alone
+        hashes = _hashes(blocks, size, alone) if blocks else alone
     return cast(_Prompt, (range(begin, begin + length), hashes))
 
 
-def _hashes(named: Sequence[int], block_tokens: int, length: int) -> tuple[int, ...]:
-    """Hashes of blocks of another size, from those of a trace's blocks."""
-    if block_tokens >= MOONCAKE_BLOCK_TOKENS:
-        each = block_tokens // MOONCAKE_BLOCK_TOKENS
-        return tuple(named[each - 1 :: each]) if not block_tokens % MOONCAKE_BLOCK_TOKENS else ()
-    parts = range(MOONCAKE_BLOCK_TOKENS // block_tokens)
-    smaller = (hash((one, part)) for one in named for part in parts)
-    return tuple(itertools.islice(smaller, length // block_tokens))
+def _hashes(blocks: Sequence[int], block_tokens: int, alone: range) -> tuple[int, ...]:
+    """Hashes of a prompt's whole blocks of another size than those of its trace.
+
+    Each names the trace's blocks up to its end. Behind the last of these, where the tokens are the
+    request's own, it has hashes of its own: those of `alone`, which is one for each block.
+    """
+    named = block_hashes(blocks, 1)
+    shared = min(len(alone), len(blocks) * MOONCAKE_BLOCK_TOKENS // block_tokens)
+    last = (((at + 1) * block_tokens - 1) // MOONCAKE_BLOCK_TOKENS for at in range(shared))
+    return (*(hash((named[of], at)) for at, of in enumerate(last)), *alone[shared:])
 
 
 def _prompt(loaded: Workload, index: int, model: Model, begin: int) -> _Prompt:

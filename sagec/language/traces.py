@@ -56,10 +56,18 @@ def read_trace(
         _check_header(source, first)
     parsed = list(_read(source, parse, itertools.chain(rows, lines), limit, skipped))
     if not parsed:
-        raise source.error(0, 0, "the trace has no requests", "a line for each, after the header")
+        why = f": {what_was_skipped(skipped)}" if skipped else ""
+        hint = "a line for each, after the header"
+        raise source.error(0, 0, f"the trace has no requests{why}", hint)
     begin_us = min(row[0] for row in parsed)
     recorded = [Recorded(row[0] - begin_us, *row[1:]) for row in parsed]
     return sorted(recorded, key=lambda row: row.arrival_us)
+
+
+def what_was_skipped(skipped: list[Diagnostic]) -> str:
+    """How many lines were left out, one at least, and what is wrong with the first."""
+    first, lines = skipped[0], "line" if len(skipped) == 1 else "lines"
+    return f"{len(skipped)} {lines} skipped; the first: {first.place}: {first.message}"
 
 
 def _read(

@@ -19,7 +19,7 @@ from sagec.language.models import Model, relative_to_source
 from sagec.language.parser import said_in
 from sagec.language.resolution import Scene
 from sagec.language.syntax import Plain, Program, Settings
-from sagec.language.traces import read_trace
+from sagec.language.traces import read_trace, what_was_skipped
 
 TokenIds = Sequence[int]
 
@@ -148,9 +148,7 @@ class _Loader:
             hint = f"a CSV or JSON lines file; the path counts from {parent}"
             raise self.program.error(replay.path, f"no trace {path}: {reason}", hint) from None
         if skipped:
-            first, lines = skipped[0], "line" if len(skipped) == 1 else "lines"
-            said_of = f"{len(skipped)} {lines} skipped; the first: {first.place}: {first.message}"
-            self.program.notes[str(path)] = said_of
+            self.program.notes[str(path)] = what_was_skipped(skipped)
         said = shared | _shared(replay.settings)
         rate, clip = own.get("rate", 1.0), own.get("clip", settings.MOST_TOKENS)
         return [

@@ -29,7 +29,7 @@ from sagec.runtime.executor import ExecutorAPI
 from sagec.runtime.loop import Instance
 from sagec.runtime.plan import ExecutionPlan, encode
 from sagec.runtime.request import Request
-from sagec.runtime.state import ANY, Decision, Instances, Running, State, Waiting
+from sagec.runtime.state import ANY, UNBOUNDED, Decision, Instances, Running, State, Waiting
 from tests.serving_graphs import Round, places, rounds
 from tests.test_house import in_python
 
@@ -381,7 +381,8 @@ cluster.instance @b on [@g1] engine "sim" role both model @m {kv_blocks = 9, blo
 @st.composite
 def tight_rounds(draw: st.DrawFn) -> tuple[State, Decision]:
     """Residents that mostly need more blocks than there are; some prompts are under way, some KV
-    still comes, some requests wait; the strategy preempts some itself, and bounds some turns."""
+    still comes, some requests wait, which may be nearly too long and without a limit; the strategy
+    preempts some itself, and bounds some turns."""
     count = draw(st.integers(2, 9))
 
     def column(some: st.SearchStrategy[Any], rows: int = count) -> Any:
@@ -401,8 +402,8 @@ def tight_rounds(draw: st.DrawFn) -> tuple[State, Decision]:
     waits = draw(st.integers(0, 2))
     waiting = Waiting.of(
         [f"w{i}" for i in range(waits)],
-        prompt_tokens=column(st.integers(2, 30), waits).astype(np.int64),
-        generate_tokens=column(st.integers(1, 9), waits).astype(np.int64),
+        prompt_tokens=column(st.sampled_from([2, 30, 140, 143, 144]), waits).astype(np.int64),
+        generate_tokens=column(st.sampled_from([1, 9, UNBOUNDED]), waits).astype(np.int64),
     )
     instances = Instances.of(
         ["a", "b"], role="both", kv_blocks=np.array([12, 9]), block_tokens=16, idle=False
@@ -435,6 +436,25 @@ def test_residents_that_find_no_blocks_leave_as_by_the_compiler(
     plans = planner.plan(*asked)
     left = sum(len(plan.preemptions.row) for plan in plans) - len(asked[1].preempt_rows)
     event("some left" if left > 0 else "nobody left")
+    assert not planner.fallbacks
+
+
+@pytest.mark.parametrize(("prompt", "until"), [(179, 192), (190, 192), (191, 192)])
+def test_who_says_no_limit_is_planned_for_no_more_than_its_instance_holds(
+    prompt: int, until: int
+) -> None:
+    state = dataclasses.replace(
+        state_of(prompt),
+        waiting=Waiting.of(["w"], prompt_tokens=prompt, generate_tokens=UNBOUNDED),
+        instances=Instances.of(
+            ["a", "b"], role="both", kv_blocks=np.array([12, 9]), block_tokens=16
+        ),
+    )
+    asked, planner = (state, Decision.admit(np.array([0]), state.waiting)), planner_for(text=TIGHT)
+    (plan,) = planner.plan(*asked)
+    assert (plan.target_instance_id, plan.rows.kv_blocks.tolist()) == ("a", [12])
+    assert plan.decodes.until_tokens.tolist() == [until]
+    assert said(planner, *asked) == said(planner.compiler, *asked)
     assert not planner.fallbacks
 
 

@@ -21,6 +21,7 @@ from sagec.dialects.pd import PD
 from sagec.language import settings
 from sagec.language.known import engines, strategies
 from sagec.language.traces import read_trace
+from sagec.runtime.kv.hashes import block_hashes
 from sagec.runtime.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -295,6 +296,27 @@ def test_drawn_tokens_follow_from_the_id_alone() -> None:
     assert first.prompt == again.prompt != other.prompt
     assert len(first.prompt) == 50
     assert all(0 <= token < 1000 for token in first.prompt)
+
+
+@pytest.mark.parametrize("block", [16, 48, 512, 600, 1024])
+def test_hashes_of_counted_prompts_share_what_their_tokens_share(
+    tmp_path: Path, block: int
+) -> None:
+    rows = [(1500, [1, 2, 3]), (1500, [1, 2, 4]), (2100, [1, 2, 3, 5, 6]), (1300, [1, 2, 3]),
+            (1800, [1, 2]), (1800, [1, 2]), (300, [1]), (1700, [])]  # fmt: skip
+    text = "".join(
+        json.dumps({"timestamp": 0, "input_length": n, "output_length": 2, "hash_ids": ids}) + "\n"
+        for n, ids in rows
+    )
+    (tmp_path / "t.jsonl").write_text(text, "utf-8")
+    source = SHAPE + HERE.replace("kv_blocks 64", f"kv_blocks 640 block {block}")
+    program = language.parse(source + 'serve { replay "t.jsonl" }\n', f"{tmp_path}/a.sage")
+    counted = [one.block_hashes for one in language.requests(program, counted=True)]
+    drawn = [block_hashes(one.prompt, block) for one in language.requests(program)]
+    for ours, theirs in zip(counted, drawn, strict=True):
+        assert len(ours) == len(theirs)
+        shared = [len(set(ours) & set(other)) for other in counted]
+        assert shared == [len(set(theirs) & set(other)) for other in drawn]
 
 
 def test_several_samples_are_as_many_requests() -> None:

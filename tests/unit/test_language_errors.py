@@ -189,6 +189,17 @@ def test_a_wrong_trace_is_named_by_its_line(tmp_path: Path, trace: str, says: st
     assert text.startswith(f"{tmp_path}/{says}"), text
 
 
+@pytest.mark.parametrize(("broken", "count"), [("x\n", "1 line"), ("x\n1,2\n", "2 lines")])
+def test_a_trace_of_which_nothing_is_left_says_what_was_skipped(
+    tmp_path: Path, broken: str, count: str
+) -> None:
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + broken)
+    text = said(SHAPE + HERE + 'serve { replay "t.csv" broken_lines skip }\n', f"{tmp_path}/a.sage")
+    first = f"{tmp_path}/t.csv:2:1: 1 columns where there are 3"
+    what = f"the trace has no requests: {count} skipped; the first: {first}"
+    assert text.startswith(f"{tmp_path}/t.csv:1:1: error: {what}"), text
+
+
 def test_a_trace_longer_than_the_context_says_how_to_clip_it(tmp_path: Path) -> None:
     rows = "2023-11-16 18:15:46.68,300,50\n" * 3
     (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)

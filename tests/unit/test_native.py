@@ -283,6 +283,29 @@ def test_who_came_last_leaves_where_kv_runs_out_on_both_cores() -> None:
     assert reports["r0"].preemptions == 0 < reports["r5"].preemptions
 
 
+NARROW = """cluster c {
+  device g0 kind h100
+  instance i0 role both on g0 engine sim kv_blocks 23 block 4 max_batch 2 budget 16
+}
+serve on c mode time-share horizon 3 { request "any" tokens 1 generate 1 }
+"""
+
+
+def test_who_says_no_limit_and_nearly_fills_its_instance_is_served_to_its_end() -> None:
+    requests = [asked(n, tokens, max_output_tokens=None) for n, tokens in enumerate((90, 91, 5))]
+    reports = alike(NARROW, requests).reports
+    assert {one.request_id: one.output_tokens for one in reports} == {"r0": 2, "r1": 1, "r2": 87}
+
+
+def test_a_horizon_without_an_end_is_left_to_python() -> None:
+    endless = NARROW.replace("horizon 3", f"horizon {2**31 - 2}")
+    with pytest.raises(native.NotCovered, match="a horizon of more than 65536 steps"):
+        served(endless, [asked(0, 5)], "native")
+    run, _ = served(endless, [asked(0, 5, max_output_tokens=None)], "auto")
+    assert run.core == "python"
+    assert [one.output_tokens for one in run.reports] == [87]
+
+
 CACHED = SCARCE.replace("engine sim", 'engine sim options "prefix_cache=on"')
 
 
