@@ -25,7 +25,7 @@ std::vector<double> expert_shares(double experts, double experts_per_token) {
     return shares;
 }
 
-}  // namespace
+} // namespace
 
 Curve Curve::of(double begin_us, std::vector<double> knots, std::vector<double> slopes) {
     Curve curve;
@@ -90,4 +90,4 @@ double StepCost::decode_us(double context_tokens) const {
     return 1e6 * std::max(flops, moved);
 }
 
-}  // namespace sagec
+} // namespace sagec

@@ -31,15 +31,15 @@ struct StepCost {
     bool has_fit = false;
     Fit fit;
 
-    void prepare();  // to be called once all numbers are there, before anything else
+    void prepare(); // to be called once all numbers are there, before anything else
     double step_us(double tokens, double pairs, double context_tokens, double decodes) const;
-    double prefill_us(double begin, double end) const;  // what these prompt tokens add to a step
-    double decode_us(double context_tokens) const;      // what such a request adds to a step
+    double prefill_us(double begin, double end) const; // what these prompt tokens add to a step
+    double decode_us(double context_tokens) const;     // what such a request adds to a step
 
-private:
+  private:
     double experts_read(double tokens) const;
 
-    std::shared_ptr<const std::vector<double>> shares_;  // of experts that are read, by tokens
+    std::shared_ptr<const std::vector<double>> shares_; // of experts that are read, by tokens
 };
 
-}  // namespace sagec
+} // namespace sagec

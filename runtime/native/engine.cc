@@ -26,20 +26,17 @@ struct Submitted {
     std::vector<Sent> requests;
 };
 
-using Message = std::variant<Submitted, Handle, i32>;  // the last: a request that is cancelled
+using Message = std::variant<Submitted, Handle, i32>; // the last: a request that is cancelled
 
-TransferKey key_of(const Handle& handle) {
-    return {handle.source, handle.request, handle.begin_us};
-}
+TransferKey key_of(const Handle &handle) { return {handle.source, handle.request, handle.begin_us}; }
 
-}  // namespace
+} // namespace
 
 struct SimEngine::Parts {
-    Parts(const EngineSpec& spec, const std::vector<Request>& requests,
-          std::shared_ptr<Network> network)
+    Parts(const EngineSpec &spec, const std::vector<Request> &requests, std::shared_ptr<Network> network)
         : spec(spec), network(std::move(network)),
-          residents(spec.kv_blocks, spec.block_tokens, spec.caches, requests),
-          gone(requests.size()), received_at(requests.size(), NOBODY) {}
+          residents(spec.kv_blocks, spec.block_tokens, spec.caches, requests), gone(requests.size()),
+          received_at(requests.size(), NOBODY) {}
 
     std::vector<Event> poll(i64 now);
     void tell_changes();
@@ -49,15 +46,15 @@ struct SimEngine::Parts {
     void begin_next();
 
     void tell(std::size_t steps);
-    void advance(Event& report, std::size_t steps);
-    void find_finished(Event& report) const;
-    bool has_ended(const Row& row) const;
+    void advance(Event &report, std::size_t steps);
+    void find_finished(Event &report) const;
+    bool has_ended(const Row &row) const;
 
     void hear_inbox();
-    void hear(Submitted& message);
-    void hear(const Handle& handle);
+    void hear(Submitted &message);
+    void hear(const Handle &handle);
     void hear(i32 cancelled);
-    void enter(const Sent& sent);
+    void enter(const Sent &sent);
     void preempt();
     void forget_placed_elsewhere();
     void check_known() const;
@@ -67,27 +64,27 @@ struct SimEngine::Parts {
     bool is_received(i32 request) const { return received_at[request] != NOBODY; }
     void forget_received(i32 request);
     void export_ready(i64 at_us);
-    i64 send(const Handle& handle);
-    i64 line_arrival_us(const Handle& handle) const;
-    i64 arrival_us(const Received& one) const;
+    i64 send(const Handle &handle);
+    i64 line_arrival_us(const Handle &handle) const;
+    i64 arrival_us(const Received &one) const;
     std::optional<i64> next_arrival_us(i64 after_us) const;
     void import_arrived();
-    bool take_in(const Plan::Move& import);
+    bool take_in(const Plan::Move &import);
     bool awaits() const;
     bool is_to_come(i32 request) const;
 
-    Event& say(Event::Kind kind);
+    Event &say(Event::Kind kind);
 
     const EngineSpec spec;
     const std::shared_ptr<Network> network;
     Residents residents;
     RunningPlan running;
     Stretch stretch;
-    bool is_running = false, is_computing = false;  // whether there are the two above
+    bool is_running = false, is_computing = false; // whether there are the two above
     std::vector<Message> inbox;
     std::vector<Received> received;
-    std::vector<char> gone;        // by request: whether it left
-    std::vector<i32> received_at;  // by request: where in `received`
+    std::vector<char> gone;       // by request: whether it left
+    std::vector<i32> received_at; // by request: where in `received`
     std::vector<Event> events;
     i64 now_us = 0, free_at_us = 0, network_changes = 0;
 };
@@ -114,7 +111,7 @@ void SimEngine::Parts::tell_changes() {
     auto [stored, evicted] = residents.index()->take_changes();
     if (stored.empty() && evicted.empty())
         return;
-    Event& event = say(Event::cached);
+    Event &event = say(Event::cached);
     event.stored = std::move(stored);
     event.evicted = std::move(evicted);
 }
@@ -167,7 +164,7 @@ void SimEngine::Parts::begin_next() {
 
 // Report so many more steps of the stretch, and what came of them.
 void SimEngine::Parts::tell(std::size_t steps) {
-    Event& report = say(Event::stepped);
+    Event &report = say(Event::stepped);
     report.plan_round = running.plan().round;
     report.begin_us = stretch.told_until_us();
     report.steps = static_cast<i64>(steps);
@@ -184,19 +181,19 @@ void SimEngine::Parts::tell(std::size_t steps) {
 }
 
 // Have the rows be so many steps further.
-void SimEngine::Parts::advance(Event& report, std::size_t steps) {
+void SimEngine::Parts::advance(Event &report, std::size_t steps) {
     const i64 count = static_cast<i64>(steps);
     report.decodes.reserve(stretch.decodes.size());
     report.advanced.reserve(stretch.decodes.size() + stretch.chunks.size());
-    for (Row* row : stretch.decodes) {
+    for (Row *row : stretch.decodes) {
         report.decodes.push_back(row->request());
         report.advanced.push_back({row->request(), row->num_output(), count});
         row->computed += count;
         row->num_tokens += count;
     }
     stretch.done += steps;
-    for (const Computed& chunk : stretch.chunks) {
-        Row& row = *chunk.row;
+    for (const Computed &chunk : stretch.chunks) {
+        Row &row = *chunk.row;
         const bool is_lone = !stretch.reached.empty();
         const i64 begin = is_lone ? row.computed : chunk.begin;
         const i64 end = is_lone ? stretch.reached[stretch.done - 1] : chunk.end;
@@ -210,30 +207,27 @@ void SimEngine::Parts::advance(Event& report, std::size_t steps) {
 }
 
 // Rows that have all their tokens, or no room for more and nowhere to go.
-void SimEngine::Parts::find_finished(Event& report) const {
-    for (const Row* row : stretch.decodes)
+void SimEngine::Parts::find_finished(Event &report) const {
+    for (const Row *row : stretch.decodes)
         if (has_ended(*row))
             report.finished.push_back(row->request());
-    for (const Computed& chunk : stretch.chunks)
+    for (const Computed &chunk : stretch.chunks)
         if (chunk.row->num_output() && has_ended(*chunk.row))
             report.finished.push_back(chunk.row->request());
 }
 
-bool SimEngine::Parts::has_ended(const Row& row) const {
+bool SimEngine::Parts::has_ended(const Row &row) const {
     if (row.num_tokens >= row.limit)
         return true;
-    const auto is_its = [&](const Plan::Move& move) {
-        return running.request(move.row) == row.request();
-    };
-    const auto& exports = running.exports;
-    return row.num_tokens >= residents.room_tokens &&
-           std::none_of(exports.begin(), exports.end(), is_its);
+    const auto is_its = [&](const Plan::Move &move) { return running.request(move.row) == row.request(); };
+    const auto &exports = running.exports;
+    return row.num_tokens >= residents.room_tokens && std::none_of(exports.begin(), exports.end(), is_its);
 }
 
-Event& SimEngine::Parts::say(Event::Kind kind) {
+Event &SimEngine::Parts::say(Event::Kind kind) {
     if (events.empty())
         events.reserve(4);
-    Event& event = events.emplace_back();
+    Event &event = events.emplace_back();
     event.kind = kind;
     event.instance = spec.id;
     return event;
@@ -242,12 +236,12 @@ Event& SimEngine::Parts::say(Event::Kind kind) {
 // ---- What it was told
 
 void SimEngine::Parts::hear_inbox() {
-    for (Message& message : inbox)
-        std::visit([this](auto& one) { hear(one); }, message);
+    for (Message &message : inbox)
+        std::visit([this](auto &one) { hear(one); }, message);
     inbox.clear();
 }
 
-void SimEngine::Parts::hear(const Handle& handle) {
+void SimEngine::Parts::hear(const Handle &handle) {
     residents.drop(handle.request);
     forget_received(handle.request);
     received_at[handle.request] = static_cast<i32>(received.size());
@@ -261,9 +255,9 @@ void SimEngine::Parts::hear(i32 cancelled) {
 }
 
 // Let a plan take over from the one at work.
-void SimEngine::Parts::hear(Submitted& message) {
+void SimEngine::Parts::hear(Submitted &message) {
     finish_plan();
-    for (const Sent& sent : message.requests)
+    for (const Sent &sent : message.requests)
         enter(sent);
     running.begin(std::move(message.plan));
     is_running = true;
@@ -275,14 +269,14 @@ void SimEngine::Parts::hear(Submitted& message) {
     export_ready(now_us);
 }
 
-void SimEngine::Parts::enter(const Sent& sent) {
+void SimEngine::Parts::enter(const Sent &sent) {
     forget_received(sent.request);
     gone[sent.request] = false;
     if (std::string error = residents.refusal(sent); error.empty()) {
         residents.add(sent);
     } else {
         leave(sent.request);
-        Event& failed = say(Event::failed);
+        Event &failed = say(Event::failed);
         failed.request = sent.request;
         failed.error = std::move(error);
     }
@@ -290,7 +284,7 @@ void SimEngine::Parts::enter(const Sent& sent) {
 
 void SimEngine::Parts::preempt() {
     for (const i32 plan_row : running.plan().preemptions) {
-        Row* row = residents.find(running.request(plan_row));
+        Row *row = residents.find(running.request(plan_row));
         if (!row)
             continue;
         residents.let_go(*row);
@@ -301,19 +295,19 @@ void SimEngine::Parts::preempt() {
 
 // What was here of requests, without KV, whose KV comes from where they were placed since.
 void SimEngine::Parts::forget_placed_elsewhere() {
-    for (const Plan::Move& import : running.plan().imports) {
-        const Row* row = residents.find(running.request(import.row));
+    for (const Plan::Move &import : running.plan().imports) {
+        const Row *row = residents.find(running.request(import.row));
         if (row && !row->computed)
             residents.drop(row->request());
     }
 }
 
 void SimEngine::Parts::check_known() const {
-    const Plan& plan = running.plan();
+    const Plan &plan = running.plan();
     for (const i32 request : plan.requests) {
         if (residents.find(request) || is_received(request) || gone[request])
             continue;
-        const auto is_its = [&](const auto& move) { return running.request(move.row) == request; };
+        const auto is_its = [&](const auto &move) { return running.request(move.row) == request; };
         if (std::none_of(plan.imports.begin(), plan.imports.end(), is_its))
             throw NotCovered("a plan that names a request which never came to its instance");
     }
@@ -334,10 +328,10 @@ void SimEngine::Parts::leave(i32 request) {
 
 // Send away the rows whose first token is sampled.
 void SimEngine::Parts::export_ready(i64 at_us) {
-    auto& exports = running.exports;
+    auto &exports = running.exports;
     std::size_t kept = 0;
     for (const Plan::Move move : exports) {
-        Row* row = residents.find(running.request(move.row));
+        Row *row = residents.find(running.request(move.row));
         if (!row || !row->decodes() || !residents.make_room(*row, row->computed)) {
             exports[kept++] = move;
             continue;
@@ -353,7 +347,7 @@ void SimEngine::Parts::export_ready(i64 at_us) {
         handle.begin_us = at_us;
         leave(handle.request);
         const i64 end_us = send(handle);
-        Event& exported = say(Event::exported);
+        Event &exported = say(Event::exported);
         exported.handle = handle;
         exported.end_us = end_us;
     }
@@ -361,21 +355,20 @@ void SimEngine::Parts::export_ready(i64 at_us) {
 }
 
 // Have the KV go; when it arrives.
-i64 SimEngine::Parts::send(const Handle& handle) {
+i64 SimEngine::Parts::send(const Handle &handle) {
     if (!network)
         return line_arrival_us(handle);
     const TransferKey key = key_of(handle);
-    network->begin(key, handle.target, handle.num_bytes, spec.link_bytes_per_s,
-                   spec.link_latency_us);
+    network->begin(key, handle.target, handle.num_bytes, spec.link_bytes_per_s, spec.link_latency_us);
     return network->arrival_us(network->find(key));
 }
 
-i64 SimEngine::Parts::line_arrival_us(const Handle& handle) const {
+i64 SimEngine::Parts::line_arrival_us(const Handle &handle) const {
     const double bytes_us = 1e6 * static_cast<double>(handle.num_bytes) / spec.link_bytes_per_s;
     return handle.begin_us + std::llrint(spec.link_latency_us + bytes_us);
 }
 
-i64 SimEngine::Parts::arrival_us(const Received& one) const {
+i64 SimEngine::Parts::arrival_us(const Received &one) const {
     if (one.transfer == NOBODY)
         return line_arrival_us(one.handle);
     return network->arrival_us(one.transfer);
@@ -386,7 +379,7 @@ std::optional<i64> SimEngine::Parts::next_arrival_us(i64 after_us) const {
     std::optional<i64> next_us;
     if (received.empty())
         return next_us;
-    for (const Plan::Move& import : running.plan().imports) {
+    for (const Plan::Move &import : running.plan().imports) {
         const i32 at = received_at[running.request(import.row)];
         if (at == NOBODY)
             continue;
@@ -399,7 +392,7 @@ std::optional<i64> SimEngine::Parts::next_arrival_us(i64 after_us) const {
 
 // Take in KV that has come, in the order of the plan, as far as there is room.
 void SimEngine::Parts::import_arrived() {
-    for (const Plan::Move& import : running.plan().imports) {
+    for (const Plan::Move &import : running.plan().imports) {
         if (received.empty())
             return;
         const i32 at = received_at[running.request(import.row)];
@@ -409,11 +402,11 @@ void SimEngine::Parts::import_arrived() {
 }
 
 // The KV of a row of the plan; false: there is no room for it.
-bool SimEngine::Parts::take_in(const Plan::Move& import) {
+bool SimEngine::Parts::take_in(const Plan::Move &import) {
     const i32 request = running.request(import.row);
     const Received came = received[received_at[request]];
     const i64 tokens = came.handle.computed_tokens;
-    Row& row = residents.add(came.handle.sent, came.handle.output_tokens);
+    Row &row = residents.add(came.handle.sent, came.handle.output_tokens);
     if (!residents.make_room(row, tokens + 1, running.reserved(import.row))) {
         residents.drop(request);
         return false;
@@ -423,7 +416,7 @@ bool SimEngine::Parts::take_in(const Plan::Move& import) {
     if (came.transfer != NOBODY)
         network->forget(came.transfer);
     gone[request] = false;
-    Event& imported = say(Event::imported);
+    Event &imported = say(Event::imported);
     imported.request = request;
     imported.source = came.handle.source;
     imported.num_bytes = came.handle.num_bytes;
@@ -446,9 +439,9 @@ void SimEngine::Parts::forget_received(i32 request) {
 
 // Whether KV may still arrive that the plan goes on with.
 bool SimEngine::Parts::awaits() const {
-    const Plan& plan = running.plan();
-    for (const Plan::Move& import : plan.imports) {
-        const auto is_its = [&](const Plan::Decode& decode) { return decode.row == import.row; };
+    const Plan &plan = running.plan();
+    for (const Plan::Move &import : plan.imports) {
+        const auto is_its = [&](const Plan::Decode &decode) { return decode.row == import.row; };
         if (is_to_come(running.request(import.row)) &&
             std::any_of(plan.decodes.begin(), plan.decodes.end(), is_its))
             return true;
@@ -465,7 +458,7 @@ bool SimEngine::Parts::is_to_come(i32 request) const {
 
 // ---- SimEngine
 
-SimEngine::SimEngine(const EngineSpec& spec, const std::vector<Request>& requests,
+SimEngine::SimEngine(const EngineSpec &spec, const std::vector<Request> &requests,
                      std::shared_ptr<Network> network)
     : parts_(std::make_unique<Parts>(spec, requests, std::move(network))) {}
 
@@ -475,14 +468,14 @@ void SimEngine::submit(Plan plan, std::vector<Sent> requests) {
     parts_->inbox.emplace_back(Submitted{std::move(plan), std::move(requests)});
 }
 
-void SimEngine::receive(const Handle& handle) { parts_->inbox.emplace_back(handle); }
+void SimEngine::receive(const Handle &handle) { parts_->inbox.emplace_back(handle); }
 
 void SimEngine::cancel(i32 request) { parts_->inbox.emplace_back(request); }
 
 std::vector<Event> SimEngine::poll(i64 now_us) { return parts_->poll(now_us); }
 
 std::optional<i64> SimEngine::next_us(i64 now_us) const {
-    const Parts& parts = *parts_;
+    const Parts &parts = *parts_;
     std::optional<i64> next_us;
     if (parts.is_computing)
         next_us = parts.stretch.ends_us.back();
@@ -510,4 +503,4 @@ std::optional<i64> SimEngine::step_end_us(i64 now_us) const {
 
 i64 SimEngine::kv_blocks_used() const { return parts_->residents.used_blocks(); }
 
-}  // namespace sagec
+} // namespace sagec

@@ -19,31 +19,29 @@ struct Route {
     std::vector<i32> links;
 };
 
-std::shared_ptr<Network> make_network(std::vector<double> link_bytes_per_s,
-                                      std::vector<Route> routes);
+std::shared_ptr<Network> make_network(std::vector<double> link_bytes_per_s, std::vector<Route> routes);
 
 // Instances whose KV may arrive at another time than when this was asked last, in order.
-std::vector<i32> take_concerned(Network& network);
+std::vector<i32> take_concerned(Network &network);
 
 // round_us: a plan that was heard of begins so much later.
 struct EngineSpec {
     i32 id = 0;
     i64 kv_blocks = 0, block_tokens = 1;
-    bool caches = false;  // by LRU
+    bool caches = false; // by LRU
     double link_bytes_per_s = 2.5e10, link_latency_us = 20.0;
     i64 round_us = 0;
     StepCost cost;
 };
 
 class SimEngine {
-public:
+  public:
     // requests: of the whole run, by number; they outlive the engine.
-    SimEngine(const EngineSpec& spec, const std::vector<Request>& requests,
-              std::shared_ptr<Network> network);
+    SimEngine(const EngineSpec &spec, const std::vector<Request> &requests, std::shared_ptr<Network> network);
     ~SimEngine();
 
     void submit(Plan plan, std::vector<Sent> requests);
-    void receive(const Handle& handle);
+    void receive(const Handle &handle);
     void cancel(i32 request);
     std::vector<Event> poll(i64 now_us);
 
@@ -52,9 +50,9 @@ public:
     std::optional<i64> step_end_us(i64 now_us) const;
     i64 kv_blocks_used() const;
 
-private:
+  private:
     struct Parts;
     std::unique_ptr<Parts> parts_;
 };
 
-}  // namespace sagec
+} // namespace sagec

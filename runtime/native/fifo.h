@@ -19,7 +19,7 @@ struct Member {
 // What a round is decided on. used: of each instance, blocks that are held or promised; growing:
 // requests that are there; needed: blocks that these will hold with their next token.
 struct Seen {
-    const std::vector<Running>& running;
+    const std::vector<Running> &running;
     std::vector<i64> used, growing, needed;
 };
 
@@ -29,15 +29,15 @@ struct Decision {
 };
 
 class Fifo {
-public:
-    explicit Fifo(const std::vector<Member>& members);
+  public:
+    explicit Fifo(const std::vector<Member> &members);
 
     // Whether a request is too long for every instance. generate: tokens, or UNBOUNDED.
     bool is_too_long(i64 prompt_tokens, i64 generate_tokens) const;
     // Admit in order of coming what fits; reject what never will; preempt on overflow.
-    void decide(const Seen& seen, const Table& table, Decision& decision);
+    void decide(const Seen &seen, const Table &table, Decision &decision);
 
-private:
+  private:
     // Instances of one role, as far as room goes.
     struct Pool {
         std::vector<i32> members;
@@ -46,23 +46,21 @@ private:
     };
 
     Pool pool_of(bool Member::*role) const;
-    i64 free_blocks(const Pool& pool, const Seen& seen) const;
-    void admit(const Seen& seen, const Table& table, std::vector<i32>& admitted) const;
-    void preempt(const Seen& seen, std::vector<i32>& preempted);
+    i64 free_blocks(const Pool &pool, const Seen &seen) const;
+    void admit(const Seen &seen, const Table &table, std::vector<i32> &admitted) const;
+    void preempt(const Seen &seen, std::vector<i32> &preempted);
 
     std::vector<Member> members_;
     Pool prefills_, decodes_;
-    std::vector<std::vector<i32>> rows_of_;  // by instance
+    std::vector<std::vector<i32>> rows_of_; // by instance
 };
 
 // Blocks that hold so many tokens.
-inline i64 blocks_for(i64 tokens, i64 block_tokens) {
-    return (tokens + block_tokens - 1) / block_tokens;
-}
+inline i64 blocks_for(i64 tokens, i64 block_tokens) { return (tokens + block_tokens - 1) / block_tokens; }
 
 // Tokens of a running request once its prompt is computed and one more is there.
 inline i64 next_tokens(i64 prompt_tokens, i64 computed_tokens) {
     return (prompt_tokens > computed_tokens ? prompt_tokens : computed_tokens) + 1;
 }
 
-}  // namespace sagec
+} // namespace sagec

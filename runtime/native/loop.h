@@ -21,10 +21,10 @@ struct Action {
 
     Kind kind = submit;
     i32 instance = NOBODY;
-    Plan plan;                   // submit
-    std::vector<Sent> requests;  // submit: those that the instance does not know
-    Handle handle;               // deliver
-    i32 request = NOBODY;        // cancel
+    Plan plan;                  // submit
+    std::vector<Sent> requests; // submit: those that the instance does not know
+    Handle handle;              // deliver
+    i32 request = NOBODY;       // cancel
 };
 
 // A request that ended; all else is in its row.
@@ -35,50 +35,50 @@ struct Ended {
 };
 
 class Loop {
-public:
-    using CatchUp = std::function<void(std::vector<Event>&)>;
+  public:
+    using CatchUp = std::function<void(std::vector<Event> &)>;
     // Plans of a round that the planner does not cover; of the state in columns.
     using PlanElsewhere = std::function<std::vector<Plan>(Columns state)>;
 
     // refused: of each request, whether it cannot be served as asked. catch_up: what instances have
     // done and not said, asked before a round.
-    Loop(const std::vector<Member>& members, const std::vector<Request>& requests,
-         const std::vector<char>& refused, Directory directory, Planner& planner,
-         PlanElsewhere plan_elsewhere, Meter& meter, CatchUp catch_up);
+    Loop(const std::vector<Member> &members, const std::vector<Request> &requests,
+         const std::vector<char> &refused, Directory directory, Planner &planner,
+         PlanElsewhere plan_elsewhere, Meter &meter, CatchUp catch_up);
 
     // A turn: the time, what is heard, and what follows from it.
     void set_time(i64 now_us) { now_us_ = now_us; }
     void arrive(i32 request);
     void close() { is_closed_ = is_due_ = true; }
-    void hear(const Event& event);
+    void hear(const Event &event);
     void decide();
 
     bool is_done() const { return is_closed_ && !table_.num_live(); }
-    std::vector<Action>& actions() { return actions_; }
-    const std::vector<Ended>& ended() const { return ended_; }
-    const Table& table() const { return table_; }
+    std::vector<Action> &actions() { return actions_; }
+    const std::vector<Ended> &ended() const { return ended_; }
+    const Table &table() const { return table_; }
 
-private:
+  private:
     // What the loop remembers of a plan at work.
     struct AtWork {
-        i64 round = NOBODY;  // NOBODY: there is none
+        i64 round = NOBODY; // NOBODY: there is none
         i32 num_steps = 0;
         std::vector<i32> imports;
         bool is_there() const { return round != NOBODY; }
     };
 
-    void stepped(const Event& report);
-    void count_tokens(const Event& report);
-    void exported(const Event& event);
-    void imported(const Event& event);
-    void preempted(const Event& event);
-    void plan_done(const Event& event);
-    void cancelled(const Event& event);
+    void stepped(const Event &report);
+    void count_tokens(const Event &report);
+    void exported(const Event &event);
+    void imported(const Event &event);
+    void preempted(const Event &event);
+    void plan_done(const Event &event);
+    void cancelled(const Event &event);
 
-    bool is_on(const Serving& row, i32 instance) const;
+    bool is_on(const Serving &row, i32 instance) const;
     bool imports(i32 instance, i32 request) const;
     bool is_idle_in_vain() const;
-    bool is_on_idle(const InOrder& requests) const;
+    bool is_on_idle(const InOrder &requests) const;
     void changed() { is_due_ = true, futile_rounds_ = 0; }
     void wait(i32 request, i64 prompt_tokens);
     void go_on_waiting(i32 request);
@@ -88,24 +88,24 @@ private:
 
     void ask();
     void see();
-    i64 count_blocks(const Serving& row);
+    i64 count_blocks(const Serving &row);
     void see_admitted();
     std::vector<Plan> planned();
     Columns state() const;
-    void put_asked(const std::string& prefix, const InOrder& requests, Columns& state) const;
+    void put_asked(const std::string &prefix, const InOrder &requests, Columns &state) const;
     void submit(Plan plan);
-    void begin_row(i32 request, i32 instance, i32 target, std::vector<Sent>& sent);
-    void place(i32 request, i32 instance, std::vector<Sent>& sent);
+    void begin_row(i32 request, i32 instance, i32 target, std::vector<Sent> &sent);
+    void place(i32 request, i32 instance, std::vector<Sent> &sent);
     i64 limit_tokens(i64 prompt_tokens) const;
 
     std::vector<Member> members_;
-    const std::vector<char>& refused_;
+    const std::vector<char> &refused_;
     Fifo fifo_;
     Table table_;
     Directory directory_;
-    Planner& planner_;
+    Planner &planner_;
     PlanElsewhere plan_elsewhere_;
-    Meter& meter_;
+    Meter &meter_;
     CatchUp catch_up_;
     std::vector<AtWork> at_work_;
     std::vector<Action> actions_;
@@ -124,4 +124,4 @@ private:
     std::vector<char> computes_;
 };
 
-}  // namespace sagec
+} // namespace sagec

@@ -15,23 +15,23 @@ struct InstanceUse {
 };
 
 class Meter {
-public:
+  public:
     Meter(std::size_t instances, std::size_t requests) : uses(instances), computed_(requests) {}
 
-    void hear(const Event& event);
+    void hear(const Event &event);
     void planned(i64 now_us, i64 waiting, i64 running);
 
     std::vector<InstanceUse> uses;
-    std::vector<i64> rounds_us, waiting, running;                   // a row a round
-    std::vector<i64> report_instances, report_ends_us, report_kv_blocks;  // a row a report
-    std::vector<i64> moved, move_sources, move_targets, move_bytes;  // a row a move
+    std::vector<i64> rounds_us, waiting, running;                        // a row a round
+    std::vector<i64> report_instances, report_ends_us, report_kv_blocks; // a row a report
+    std::vector<i64> moved, move_sources, move_targets, move_bytes;      // a row a move
     std::vector<i64> move_begins_us, move_ends_us;
 
-private:
-    void stepped(const Event& report);
-    void imported(const Event& event);
+  private:
+    void stepped(const Event &report);
+    void imported(const Event &event);
 
-    std::vector<i64> computed_;  // of a request, tokens with KV
+    std::vector<i64> computed_; // of a request, tokens with KV
 };
 
-}  // namespace sagec
+} // namespace sagec

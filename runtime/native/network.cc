@@ -13,20 +13,19 @@ namespace {
 constexpr double NO_LIMIT = std::numeric_limits<double>::infinity();
 const std::vector<i32> NO_LINKS;
 
-}  // namespace
+} // namespace
 
-std::shared_ptr<Network> make_network(std::vector<double> link_bytes_per_s,
-                                      std::vector<Route> routes) {
+std::shared_ptr<Network> make_network(std::vector<double> link_bytes_per_s, std::vector<Route> routes) {
     return std::make_shared<Network>(std::move(link_bytes_per_s), std::move(routes));
 }
 
-std::vector<i32> take_concerned(Network& network) { return network.take_concerned(); }
+std::vector<i32> take_concerned(Network &network) { return network.take_concerned(); }
 
 Network::Network(std::vector<double> link_bytes_per_s, std::vector<Route> routes)
     : link_bytes_per_s_(std::move(link_bytes_per_s)), routes_(std::move(routes)),
       left_(link_bytes_per_s_.size()), users_(link_bytes_per_s_.size()) {
     const i32 num_links = static_cast<i32>(link_bytes_per_s_.size());
-    for (const Route& route : routes_) {
+    for (const Route &route : routes_) {
         num_instances_ = std::max({num_instances_, route.source + 1, route.target + 1});
         for (const i32 link : route.links)
             if (link < 0 || link >= num_links)
@@ -38,19 +37,19 @@ Network::Network(std::vector<double> link_bytes_per_s, std::vector<Route> routes
         route_of_[routes_[i].source * num_instances_ + routes_[i].target] = static_cast<i32>(i);
 }
 
-const Route* Network::route(i32 source, i32 target) const {
+const Route *Network::route(i32 source, i32 target) const {
     if (source >= num_instances_ || target >= num_instances_)
         return nullptr;
     const i32 number = route_of_[source * num_instances_ + target];
     return number == NOBODY ? nullptr : &routes_[number];
 }
 
-void Network::begin(const TransferKey& key, i32 target, i64 num_bytes, double bytes_per_s,
+void Network::begin(const TransferKey &key, i32 target, i64 num_bytes, double bytes_per_s,
                     double latency_us) {
     settle(key.begin_us);
-    const Route* way = route(key.source, target);
+    const Route *way = route(key.source, target);
     const i32 number = enter(key);
-    Transfer& transfer = transfers_[number];
+    Transfer &transfer = transfers_[number];
     transfer.target = target;
     transfer.links = way ? &way->links : &NO_LINKS;
     transfer.latency_us = way ? way->latency_us : latency_us;
@@ -64,7 +63,7 @@ void Network::begin(const TransferKey& key, i32 target, i64 num_bytes, double by
     share();
 }
 
-i32 Network::enter(const TransferKey& key) {
+i32 Network::enter(const TransferKey &key) {
     if (unused_.empty()) {
         unused_.push_back(static_cast<i32>(transfers_.size()));
         transfers_.emplace_back();
@@ -97,7 +96,7 @@ void Network::end_those_at(double first_us) {
             settled_.push_back(number);
     pass(first_us);
     for (const i32 number : settled_) {
-        Transfer& transfer = transfers_[number];
+        Transfer &transfer = transfers_[number];
         const double took_us = first_us - transfer.key.begin_us + transfer.latency_us;
         transfer.arrival_us = transfer.key.begin_us + std::llrint(took_us);
         transfer.is_moving = false;
@@ -112,13 +111,13 @@ std::optional<i64> Network::next_us() {
     return static_cast<i64>(std::ceil(first_end_us()));
 }
 
-i32 Network::find(const TransferKey& key) const {
+i32 Network::find(const TransferKey &key) const {
     const auto found = numbers_.find(key);
     return found == numbers_.end() ? NOBODY : found->second;
 }
 
 i64 Network::arrival_us(i32 number) const {
-    const Transfer& transfer = transfers_[number];
+    const Transfer &transfer = transfers_[number];
     if (!transfer.is_moving)
         return transfer.arrival_us;
     const i64 begin_us = transfer.key.begin_us;
@@ -126,7 +125,7 @@ i64 Network::arrival_us(i32 number) const {
 }
 
 void Network::forget(i32 number) {
-    Transfer& transfer = transfers_[number];
+    Transfer &transfer = transfers_[number];
     numbers_.erase(transfer.key);
     unused_.push_back(number);
     if (!transfer.is_moving)
@@ -151,7 +150,7 @@ void Network::concern(i32 instance) {
 }
 
 // When the last byte leaves if nobody comes or goes.
-double Network::end_us(const Transfer& transfer) const {
+double Network::end_us(const Transfer &transfer) const {
     return now_us_ + 1e6 * transfer.left_bytes / transfer.bytes_per_s;
 }
 
@@ -173,9 +172,8 @@ void Network::pass(double until_us) {
     now_us_ = until_us;
     first_end_us_.reset();
     for (const i32 number : moving_) {
-        Transfer& transfer = transfers_[number];
-        transfer.left_bytes -=
-            std::min(transfer.left_bytes, transfer.bytes_per_s * passed_us / 1e6);
+        Transfer &transfer = transfers_[number];
+        transfer.left_bytes -= std::min(transfer.left_bytes, transfer.bytes_per_s * passed_us / 1e6);
     }
 }
 
@@ -222,7 +220,7 @@ std::pair<double, i32> Network::tightest() const {
 void Network::give(double part, i32 link) {
     const auto is_slow = [&](i32 number) { return transfers_[number].limit_bytes_per_s <= part; };
     const auto passes = [&](i32 number) {
-        const std::vector<i32>& links = *transfers_[number].links;
+        const std::vector<i32> &links = *transfers_[number].links;
         return std::find(links.begin(), links.end(), link) != links.end();
     };
     const bool are_slow = std::any_of(waiting_.begin(), waiting_.end(), is_slow);
@@ -232,7 +230,7 @@ void Network::give(double part, i32 link) {
             waiting_[kept++] = number;
             continue;
         }
-        Transfer& transfer = transfers_[number];
+        Transfer &transfer = transfers_[number];
         transfer.bytes_per_s = std::min(transfer.limit_bytes_per_s, part);
         if (transfer.bytes_per_s <= 0)
             throw NotCovered("a transfer for which rounding leaves nothing of a link");
@@ -242,4 +240,4 @@ void Network::give(double part, i32 link) {
     waiting_.resize(kept);
 }
 
-}  // namespace sagec
+} // namespace sagec

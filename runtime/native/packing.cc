@@ -10,7 +10,7 @@ namespace {
 
 constexpr double NEVER = std::numeric_limits<double>::infinity();
 constexpr i64 NOT_JOINED = i64(1) << 40;
-constexpr i64 TURN = 4;  // steps of decodes after one of prompts, in time-share mode
+constexpr i64 TURN = 4; // steps of decodes after one of prompts, in time-share mode
 
 struct Order {
     Mode mode;
@@ -32,29 +32,29 @@ struct Tally {
     i64 rows = 0, context = 0, blocks = 0;
 };
 
-double pairs_of(i64 begin, i64 end) {  // a token attends to itself and to those before it
+double pairs_of(i64 begin, i64 end) { // a token attends to itself and to those before it
     return double(end * (end + 1) - begin * (begin + 1)) / 2;
 }
 
-i64 seats_of(const PlannedInstance& one) { return std::min(one.max_batch, one.max_step_tokens); }
+i64 seats_of(const PlannedInstance &one) { return std::min(one.max_batch, one.max_step_tokens); }
 
 // Whether the row's KV is on its way, or is computed elsewhere within the horizon.
-bool will_come(const Work& work, const WorkRow& row, const Finished& finished) {
+bool will_come(const Work &work, const WorkRow &row, const Finished &finished) {
     return row.source == work.instance || finished[row.fresh] < NEVER;
 }
 
 // Marks the rows whose KV comes; `arrivals`: those of them that decode here, as they arrive.
-void find_coming(Work& work, const Finished& finished, std::vector<Arrival>& arrivals) {
+void find_coming(Work &work, const Finished &finished, std::vector<Arrival> &arrivals) {
     arrivals.clear();
     for (size_t at = work.num_prefills; at < work.rows.size(); ++at) {
-        auto& row = work.rows[at];
+        auto &row = work.rows[at];
         row.comes = row.is_awaited() && will_come(work, row, finished);
         if (!row.comes || row.decodes <= 0)
             continue;
         const double ready = row.fresh == NOBODY ? 0.0 : finished[row.fresh];
         arrivals.push_back({ready + double(row.transfer_us), at});
     }
-    const auto is_sooner = [](const Arrival& a, const Arrival& b) { return a.us < b.us; };
+    const auto is_sooner = [](const Arrival &a, const Arrival &b) { return a.us < b.us; };
     if (!std::is_sorted(arrivals.begin(), arrivals.end(), is_sooner))
         std::stable_sort(arrivals.begin(), arrivals.end(), is_sooner);
 }
@@ -63,12 +63,12 @@ void find_coming(Work& work, const Finished& finished, std::vector<Arrival>& arr
 
 // Prompts one behind the other make a line of tokens, which the budget cuts into steps; those under
 // way are first. False where a step would have more rows than an engine takes.
-bool cut_line(Work& work, i64 limit) {
+bool cut_line(Work &work, i64 limit) {
     const i64 budget = work.about->max_step_tokens;
     i64 step = 0, left = budget, rows = 0;
     for (const bool started : {true, false})
         for (size_t at = 0; at < work.rows.size(); ++at) {
-            const auto& row = work.rows[at];
+            const auto &row = work.rows[at];
             if (row.is_started() != started)
                 continue;
             for (i64 begin = row.held; begin < row.prompt && step < limit;) {
@@ -88,9 +88,9 @@ bool cut_line(Work& work, i64 limit) {
     return true;
 }
 
-void time_line(const Work& work, Finished& finished) {
+void time_line(const Work &work, Finished &finished) {
     double now_us = 0.0;
-    const auto& chunks = work.chunks;
+    const auto &chunks = work.chunks;
     for (size_t begin = 0, end; begin < chunks.size(); begin = end) {
         i64 tokens = 0;
         double pairs = 0.0;
@@ -100,17 +100,17 @@ void time_line(const Work& work, Finished& finished) {
         }
         now_us += work.about->cost.step_us(double(tokens), pairs, 0.0, 0.0);
         for (size_t i = begin; i < end; ++i)
-            if (const auto& row = work.rows[chunks[i].row]; chunks[i].end == row.prompt)
+            if (const auto &row = work.rows[chunks[i].row]; chunks[i].end == row.prompt)
                 finished[row.fresh] = now_us;
     }
 }
 
 // The steps of an instance that only prefills, where no prompt waits for blocks or has bounds.
 // False where that is not all.
-bool line(Work& work, const Order& order, Finished& finished) {
+bool line(Work &work, const Order &order, Finished &finished) {
     if (work.about->max_partial_prefills || work.blocks > work.about->kv_blocks)
         return false;
-    for (const auto& row : work.rows)
+    for (const auto &row : work.rows)
         if (row.decodes || (order.chunk && row.prompt - row.held > order.chunk))
             return false;
     if (!cut_line(work, order.limit)) {
@@ -126,32 +126,32 @@ bool line(Work& work, const Order& order, Finished& finished) {
 // Decodes alone
 
 class DecodesOnly {
-public:
+  public:
     // False where there is not place and KV for all at once.
-    bool pack(Work& work, const Order& order, const Finished& finished);
+    bool pack(Work &work, const Order &order, const Finished &finished);
 
-private:
-    i64 steps_alone(const Work& work, i64 limit) const;
-    i64 steps_with_arrivals(const Work& work, i64 alone, i64 limit);
-    void count_alone(const Work& work, i64 steps);
+  private:
+    i64 steps_alone(const Work &work, i64 limit) const;
+    i64 steps_with_arrivals(const Work &work, i64 alone, i64 limit);
+    void count_alone(const Work &work, i64 steps);
 
     std::vector<Arrival> arrivals_;
-    std::vector<Tally> alone_;   // of each step, who is there beside those who arrive
-    std::vector<Tally> leaves_;  // by step, which of those who arrived are done
+    std::vector<Tally> alone_;  // of each step, who is there beside those who arrive
+    std::vector<Tally> leaves_; // by step, which of those who arrived are done
 };
 
-bool DecodesOnly::pack(Work& work, const Order& order, const Finished& finished) {
+bool DecodesOnly::pack(Work &work, const Order &order, const Finished &finished) {
     if (i64(work.rows.size()) > seats_of(*work.about) || work.blocks > work.about->kv_blocks)
         return false;
     find_coming(work, finished, arrivals_);
     i64 steps = steps_alone(work, order.limit);
     if (order.is_timed && !arrivals_.empty())
         steps = steps_with_arrivals(work, steps, order.limit);
-    else  // all are there from the first step on
-        for (const auto& arrival : arrivals_)
+    else // all are there from the first step on
+        for (const auto &arrival : arrivals_)
             steps = std::max(steps, std::min(order.limit, work.rows[arrival.row].decodes));
     work.num_steps = steps;
-    for (auto& row : work.rows) {
+    for (auto &row : work.rows) {
         const i64 here = row.is_awaited() ? 0 : std::min(row.decodes, steps);
         const i64 taken = row.comes ? row.decodes : here;
         row.until = taken > 0 ? row.prompt + taken : 0;
@@ -159,17 +159,17 @@ bool DecodesOnly::pack(Work& work, const Order& order, const Finished& finished)
     return true;
 }
 
-i64 DecodesOnly::steps_alone(const Work& work, i64 limit) const {
+i64 DecodesOnly::steps_alone(const Work &work, i64 limit) const {
     i64 steps = 0;
-    for (const auto& row : work.rows)
+    for (const auto &row : work.rows)
         if (!row.is_awaited())
             steps = std::max(steps, row.decodes);
     return std::min(steps, limit);
 }
 
-void DecodesOnly::count_alone(const Work& work, i64 steps) {
+void DecodesOnly::count_alone(const Work &work, i64 steps) {
     alone_.assign(steps + 1, {});
-    for (const auto& row : work.rows) {
+    for (const auto &row : work.rows) {
         if (row.is_awaited() || row.decodes <= 0)
             continue;
         const auto last = size_t(std::min(row.decodes, steps)) - 1;
@@ -186,7 +186,7 @@ void DecodesOnly::count_alone(const Work& work, i64 steps) {
 
 // Rows join the residents as they arrive: step by step until all have come, or somebody is known to
 // decode to the end.
-i64 DecodesOnly::steps_with_arrivals(const Work& work, i64 alone, i64 limit) {
+i64 DecodesOnly::steps_with_arrivals(const Work &work, i64 alone, i64 limit) {
     if (alone == limit)
         return limit;
     count_alone(work, alone);
@@ -199,7 +199,7 @@ i64 DecodesOnly::steps_with_arrivals(const Work& work, i64 alone, i64 limit) {
         joined.context -= leaves_[step].context;
         leaves_[step] = {};
         for (; arrived < arrivals_.size() && arrivals_[arrived].us <= now_us; ++arrived) {
-            const auto& row = work.rows[arrivals_[arrived].row];
+            const auto &row = work.rows[arrivals_[arrived].row];
             const i64 end = step + row.decodes;
             ++joined.rows;
             joined.context += row.prompt;
@@ -227,11 +227,11 @@ i64 DecodesOnly::steps_with_arrivals(const Work& work, i64 alone, i64 limit) {
 // Packs the steps of one instance, one after the other; see Packer in Python. clock: the steps in
 // which rows decode; in time-share mode those are fewer than the steps.
 class Packer {
-public:
-    void pack(Work& work, const Order& order, Finished& finished);
+  public:
+    void pack(Work &work, const Order &order, Finished &finished);
 
-private:
-    void begin(Work& work, const Order& order, Finished& finished);
+  private:
+    void begin(Work &work, const Order &order, Finished &finished);
     void sort_prompts();
     void seat_residents();
     void leave();
@@ -242,31 +242,31 @@ private:
     bool pack_step();
     bool unblock();
     i64 num_decoding() const;
-    i64 take_chunks(i64 decoding, double& pairs);
+    i64 take_chunks(i64 decoding, double &pairs);
     i64 prompt_budget(i64 decoding) const;
     i64 bound_of(size_t row) const;
     void finish(size_t row);
     void decode(size_t row);
-    void leave_at(i64 clock, const WorkRow& row);
+    void leave_at(i64 clock, const WorkRow &row);
     void say_until();
 
-    Work* work_ = nullptr;
-    const Order* order_ = nullptr;
-    Finished* finished_ = nullptr;
-    std::vector<i64> position_;  // of each prompt
-    std::vector<i64> joined_;    // of each row, by the clock
+    Work *work_ = nullptr;
+    const Order *order_ = nullptr;
+    Finished *finished_ = nullptr;
+    std::vector<i64> position_; // of each prompt
+    std::vector<i64> joined_;   // of each row, by the clock
     std::vector<size_t> running_, queue_, ended_;
     std::vector<size_t> prompts_;   // to be begun, from waiting_ on
     std::vector<size_t> standing_;  // residents without a place, from stood_ on
-    std::vector<Arrival> arrivals_;  // from arrived_ on
+    std::vector<Arrival> arrivals_; // from arrived_ on
     size_t waiting_ = 0, stood_ = 0, arrived_ = 0;
-    std::vector<Tally> leaves_;  // by the clock, who is done
+    std::vector<Tally> leaves_; // by the clock, who is done
     i64 step_ = 0, clock_ = 0, active_ = 0, turns_ = 0, context_ = 0;
     i64 free_ = 0, returned_ = 0, seats_ = 0, reserve_ = 0;
     double now_us_ = 0.0;
 };
 
-void Packer::pack(Work& work, const Order& order, Finished& finished) {
+void Packer::pack(Work &work, const Order &order, Finished &finished) {
     begin(work, order, finished);
     while (step_ < order.limit) {
         leave();
@@ -282,7 +282,7 @@ void Packer::pack(Work& work, const Order& order, Finished& finished) {
     say_until();
 }
 
-void Packer::begin(Work& work, const Order& order, Finished& finished) {
+void Packer::begin(Work &work, const Order &order, Finished &finished) {
     work_ = &work;
     order_ = &order;
     finished_ = &finished;
@@ -305,7 +305,7 @@ void Packer::sort_prompts() {
     prompts_.clear();
     waiting_ = 0;
     for (size_t at = 0; at < work_->num_prefills; ++at) {
-        const auto& row = work_->rows[at];
+        const auto &row = work_->rows[at];
         position_.push_back(row.held);
         if (row.held > row.cached) {
             running_.push_back(at);
@@ -321,7 +321,7 @@ void Packer::seat_residents() {
     standing_.clear();
     stood_ = 0;
     for (size_t at = work_->num_prefills; at < work_->rows.size(); ++at) {
-        const auto& row = work_->rows[at];
+        const auto &row = work_->rows[at];
         if (row.is_awaited() || row.decodes <= 0)
             continue;
         free_ -= row.blocks;
@@ -336,7 +336,7 @@ void Packer::seat_residents() {
 void Packer::leave() {
     free_ += returned_;
     returned_ = 0;
-    auto& gone = leaves_[clock_];
+    auto &gone = leaves_[clock_];
     active_ -= gone.rows;
     context_ -= gone.context;
     free_ += gone.blocks;
@@ -348,7 +348,7 @@ void Packer::join() {
     for (; stood_ < standing_.size() && active_ < seats_; ++stood_)
         decode(standing_[stood_]);
     for (; arrived_ < arrivals_.size() && active_ < seats_; ++arrived_) {
-        const auto& arrival = arrivals_[arrived_];
+        const auto &arrival = arrivals_[arrived_];
         if (arrival.us > now_us_ || work_->rows[arrival.row].blocks > free_)
             break;
         free_ -= work_->rows[arrival.row].blocks;
@@ -387,7 +387,7 @@ bool Packer::pack_step() {
     turns_ = tokens ? TURN : turns_ - 1;
     if (order_->is_timed) {
         const double context = decoding ? double(context_) : 0.0, rows = double(decoding);
-        const auto& cost = work_->about->cost;
+        const auto &cost = work_->about->cost;
         now_us_ += cost.step_us(double(tokens) + rows, pairs + context, context, rows);
     }
     work_->exceeds_room |= free_ < 0;
@@ -421,7 +421,7 @@ i64 Packer::prompt_budget(i64 decoding) const {
 }
 
 // Prompt tokens of the step, and the pairs they attend to; ended_: rows whose prompt ends in it.
-i64 Packer::take_chunks(i64 decoding, double& pairs) {
+i64 Packer::take_chunks(i64 decoding, double &pairs) {
     ended_.clear();
     if (!has_prompts() || (decoding && order_->mode != Mode::hybrid))
         return 0;
@@ -468,7 +468,7 @@ i64 Packer::bound_of(size_t row) const {
 
 // The row's prompt is computed: it decodes here from the next step, or leaves.
 void Packer::finish(size_t row) {
-    const auto& one = work_->rows[row];
+    const auto &one = work_->rows[row];
     (*finished_)[one.fresh] = now_us_;
     if (one.decodes)
         decode(row);
@@ -478,13 +478,13 @@ void Packer::finish(size_t row) {
 
 // The row decodes from the step that is packed next, and is done after its last one.
 void Packer::decode(size_t at) {
-    auto& row = work_->rows[at];
+    auto &row = work_->rows[at];
     row.begin = step_;
     joined_[at] = clock_;
     ++active_;
     context_ += row.prompt;
     if (const i64 end = clock_ + row.decodes; end < order_->limit) {
-        auto& leaving = leaves_[end];
+        auto &leaving = leaves_[end];
         ++leaving.rows;
         leaving.context += row.prompt + row.decodes;
         leaving.blocks += row.blocks;
@@ -493,7 +493,7 @@ void Packer::decode(size_t at) {
 
 void Packer::say_until() {
     for (size_t at = 0; at < work_->rows.size(); ++at) {
-        auto& row = work_->rows[at];
+        auto &row = work_->rows[at];
         const i64 here = std::min(joined_[at] + row.decodes, clock_) - joined_[at];
         const i64 taken = row.comes ? row.decodes : here;
         row.begin = row.comes ? 0 : row.begin;
@@ -501,7 +501,7 @@ void Packer::say_until() {
     }
 }
 
-}  // namespace
+} // namespace
 
 struct Packing::Parts {
     Order order;
@@ -509,8 +509,8 @@ struct Packing::Parts {
     DecodesOnly decodes_only;
     Packer packer;
 
-    void pack(Work& work);
-    bool misses_some(const Work& work) const;
+    void pack(Work &work);
+    bool misses_some(const Work &work) const;
 };
 
 Packing::Packing(Mode mode, i64 chunk, i64 limit)
@@ -518,20 +518,20 @@ Packing::Packing(Mode mode, i64 chunk, i64 limit)
 
 Packing::~Packing() = default;
 
-void Packing::pack(const std::vector<Work*>& works, size_t num_fresh, bool is_timed) {
+void Packing::pack(const std::vector<Work *> &works, size_t num_fresh, bool is_timed) {
     parts_->order.is_timed = is_timed;
     parts_->finished.assign(num_fresh, NEVER);
-    for (auto* work : works)
+    for (auto *work : works)
         parts_->pack(*work);
-    for (auto* work : works)
+    for (auto *work : works)
         if (work->num_prefills && parts_->misses_some(*work))
             parts_->pack(*work);
 }
 
-void Packing::Parts::pack(Work& work) {
+void Packing::Parts::pack(Work &work) {
     work.chunks.clear();
     work.exceeds_room = false;
-    for (auto& row : work.rows) {
+    for (auto &row : work.rows) {
         row.comes = false;
         row.begin = row.until = 0;
     }
@@ -543,10 +543,10 @@ void Packing::Parts::pack(Work& work) {
 }
 
 // Whether KV comes that nobody knew of when this was packed; two instances may await each other's.
-bool Packing::Parts::misses_some(const Work& work) const {
-    return std::any_of(work.rows.begin(), work.rows.end(), [&](const WorkRow& row) {
+bool Packing::Parts::misses_some(const Work &work) const {
+    return std::any_of(work.rows.begin(), work.rows.end(), [&](const WorkRow &row) {
         return row.is_awaited() && !row.comes && will_come(work, row, finished);
     });
 }
 
-}  // namespace sagec
+} // namespace sagec

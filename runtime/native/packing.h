@@ -34,29 +34,29 @@ struct WorkRow {
 // The rows of an instance: those it prefills, in rank order, then those it only decodes.
 struct Work {
     i32 instance = NOBODY;
-    const PlannedInstance* about = nullptr;
+    const PlannedInstance *about = nullptr;
     size_t num_prefills = 0;
-    i64 blocks = 0;  // of all rows
+    i64 blocks = 0; // of all rows
     std::vector<WorkRow> rows;
     // What packing says.
     i64 num_steps = 0;
-    bool exceeds_room = false;  // in some step
+    bool exceeds_room = false; // in some step
     std::vector<Plan::Chunk> chunks;
 };
 
 class Packing {
-public:
+  public:
     // chunk: tokens of a chunk, 0: whole prompts. limit: the most steps of an instance.
     Packing(Mode mode, i64 chunk, i64 limit);
     ~Packing();
 
     // The steps of all works; those that prefill come first, for the others await their KV.
     // num_fresh: prompts of the round. is_timed: whether anything depends on when a step ends.
-    void pack(const std::vector<Work*>& works, size_t num_fresh, bool is_timed);
+    void pack(const std::vector<Work *> &works, size_t num_fresh, bool is_timed);
 
-private:
+  private:
     struct Parts;
     std::unique_ptr<Parts> parts_;
 };
 
-}  // namespace sagec
+} // namespace sagec

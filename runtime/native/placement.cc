@@ -9,40 +9,38 @@ namespace sagec {
 namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr double MINOR = 1e-3;          // of what decides between placements of the same makespan
-constexpr i64 UNBOUNDED_STEPS = 256;    // planned for a request that goes on until it stops
+constexpr double MINOR = 1e-3;       // of what decides between placements of the same makespan
+constexpr i64 UNBOUNDED_STEPS = 256; // planned for a request that goes on until it stops
 
-i64 capacity_tokens(const PlannedInstance& one) { return one.kv_blocks * one.block_tokens; }
+i64 capacity_tokens(const PlannedInstance &one) { return one.kv_blocks * one.block_tokens; }
 
 i64 planned_steps(i64 tokens, bool is_bounded) {
     return is_bounded ? tokens : std::min(tokens, UNBOUNDED_STEPS);
 }
 
 // Tokens of KV with all output.
-i64 need_of(const Fresh& row) {
-    return row.prompt + (row.generate >= UNBOUNDED ? 0 : row.generate);
-}
+i64 need_of(const Fresh &row) { return row.prompt + (row.generate >= UNBOUNDED ? 0 : row.generate); }
 
 // Leading tokens that an instance has of the row, where that may be of use: one that does not
 // prefill goes on only where no more than the last token is to be computed.
-i64 matched(const Fresh& row, const Cluster& cluster, i32 at) {
+i64 matched(const Fresh &row, const Cluster &cluster, i32 at) {
     if (!row.known)
         return 0;
     const i64 tokens = row.known[at];
-    const auto& one = cluster.instances[at];
+    const auto &one = cluster.instances[at];
     const bool is_useful = one.prefills || (one.decodes && tokens == row.prompt - 1);
     return is_useful ? std::min(tokens, row.prompt - 1) : 0;
 }
 
 // Whether the row goes on at an instance that does not prefill.
-bool returns_to(const Fresh& row, const Cluster& cluster, i32 at) {
+bool returns_to(const Fresh &row, const Cluster &cluster, i32 at) {
     const bool is_said = row.on == at;
     const i64 there = std::max(is_said ? row.cached : 0, matched(row, cluster, at));
     return (there > 0 && there == row.prompt - row.computed - 1) || (is_said && row.computed > 0);
 }
 
 // Indices of the values, the smallest first; of equals the first.
-void ascend(const std::vector<double>& values, std::vector<size_t>& order) {
+void ascend(const std::vector<double> &values, std::vector<size_t> &order) {
     order.resize(values.size());
     for (size_t i = 0; i < values.size(); ++i) {
         size_t at = i;
@@ -52,15 +50,15 @@ void ascend(const std::vector<double>& values, std::vector<size_t>& order) {
     }
 }
 
-size_t index_of(const std::vector<i32>& at, i32 instance) {
+size_t index_of(const std::vector<i32> &at, i32 instance) {
     return std::find(at.begin(), at.end(), instance) - at.begin();
 }
 
-}  // namespace
+} // namespace
 
-Sites::Sites(const Cluster& cluster, std::vector<i32> returning) : returning(std::move(returning)) {
+Sites::Sites(const Cluster &cluster, std::vector<i32> returning) : returning(std::move(returning)) {
     for (i32 at = 0; at < i32(cluster.instances.size()); ++at) {
-        const auto& extra = this->returning;
+        const auto &extra = this->returning;
         if (cluster.instances[at].prefills || index_of(extra, at) < extra.size())
             prefill_at.push_back(at);
         if (cluster.instances[at].decodes)
@@ -70,17 +68,17 @@ Sites::Sites(const Cluster& cluster, std::vector<i32> returning) : returning(std
     for (size_t p = 0; p < prefill_at.size(); ++p)
         for (size_t d = 0; d < decode_at.size(); ++d)
             hops[p * decode_at.size() + d].exists = prefill_at[p] == decode_at[d];
-    for (const auto& path : cluster.paths)
+    for (const auto &path : cluster.paths)
         add_path(cluster, path);
     find_nearest();
 }
 
-void Sites::add_path(const Cluster& cluster, const Path& path) {
+void Sites::add_path(const Cluster &cluster, const Path &path) {
     const size_t p = index_of(prefill_at, path.source), d = index_of(decode_at, path.target);
     if (p == prefill_at.size() || d == decode_at.size())
         return;
     const double token_bytes = cluster.instances[path.source].kv_bytes_per_token;
-    auto& hop = hops[p * decode_at.size() + d];
+    auto &hop = hops[p * decode_at.size() + d];
     hop.exists = hop.moves = true;
     hop.latency_us = path.latency_us;
     hop.us_per_token = 1e6 * token_bytes / path.bytes_per_s;
@@ -90,10 +88,10 @@ void Sites::add_path(const Cluster& cluster, const Path& path) {
 
 void Sites::find_nearest() {
     double latency_us = INF, us_per_token = INF;
-    for (const auto& hop : hops) {
+    for (const auto &hop : hops) {
         if (!hop.exists)
             continue;
-        if (!hop.moves)  // KV may stay
+        if (!hop.moves) // KV may stay
             return;
         latency_us = std::min(latency_us, hop.latency_us);
         us_per_token = std::min(us_per_token, hop.us_per_token);
@@ -104,12 +102,12 @@ void Sites::find_nearest() {
     }
 }
 
-Loads::Loads(const Cluster& cluster) : cluster_(cluster) {
-    for (const auto& one : cluster.instances)
+Loads::Loads(const Cluster &cluster) : cluster_(cluster) {
+    for (const auto &one : cluster.instances)
         alone_us_.push_back(one.cost.step_us(0, 0, 0, 0));
 }
 
-void Loads::begin(const Sites& sites, const std::vector<Resident>& residents) {
+void Loads::begin(const Sites &sites, const std::vector<Resident> &residents) {
     const size_t count = cluster_.instances.size();
     sites_ = &sites;
     link_.assign(cluster_.link_bytes_per_s.size(), 0.0);
@@ -118,7 +116,7 @@ void Loads::begin(const Sites& sites, const std::vector<Resident>& residents) {
     time_.assign(count, 0.0);
     kv_.assign(count, 0.0);
     peak_us_ = 0.0;
-    for (const auto& one : residents) {
+    for (const auto &one : residents) {
         const i64 decodes = planned_steps(one.remaining, one.remaining < UNBOUNDED);
         tokens_[one.at] += double(decodes);
         pairs_[one.at] += (double(one.context) + double(decodes) * 0.5) * double(decodes);
@@ -126,7 +124,7 @@ void Loads::begin(const Sites& sites, const std::vector<Resident>& residents) {
     if (residents.empty())
         return;
     for (size_t at = 0; at < count; ++at) {
-        const auto& one = cluster_.instances[at];
+        const auto &one = cluster_.instances[at];
         const double each = one.cost.decode_us(pairs_[at] / std::max(tokens_[at], 1.0));
         time_[at] = each * tokens_[at];
         kv_[at] = (alone_us_[at] + each) * pairs_[at] / double(capacity_tokens(one));
@@ -134,7 +132,7 @@ void Loads::begin(const Sites& sites, const std::vector<Resident>& residents) {
     }
 }
 
-Loads::Pair Loads::place(const Fresh& row) {
+Loads::Pair Loads::place(const Fresh &row) {
     price(row);
     check_stuck();
     Pair pair;
@@ -145,7 +143,7 @@ Loads::Pair Loads::place(const Fresh& row) {
 }
 
 // problem_of and Problem.where, of one row.
-void Loads::price(const Fresh& row) {
+void Loads::price(const Fresh &row) {
     const i64 need = need_of(row);
     const double decodes = double(planned_steps(row.generate - 1, row.generate < UNBOUNDED));
     const double context = double(row.prompt) + decodes / 2;
@@ -154,15 +152,15 @@ void Loads::price(const Fresh& row) {
     decode_us_.clear();
     kv_us_.clear();
     for (const i32 at : sites_->prefill_at) {
-        const auto& one = cluster_.instances[at];
+        const auto &one = cluster_.instances[at];
         const bool is_open = row.on == ANY || row.on == at;
-        const bool may = is_open && row.prompt <= capacity_tokens(one) &&
-                         (one.prefills || returns_to(row, cluster_, at));
+        const bool may =
+            is_open && row.prompt <= capacity_tokens(one) && (one.prefills || returns_to(row, cluster_, at));
         const i64 begin = row.computed + std::max(row.cached, matched(row, cluster_, at));
         prefill_us_.push_back(may ? one.cost.prefill_us(double(begin), double(row.prompt)) : INF);
     }
     for (const i32 at : sites_->decode_at) {
-        const auto& one = cluster_.instances[at];
+        const auto &one = cluster_.instances[at];
         const bool is_open = row.decode_on == ANY || row.decode_on == at;
         const bool may = is_open && need <= capacity_tokens(one);
         const double each = one.cost.decode_us(context);
@@ -181,7 +179,7 @@ void Loads::check_stuck() const {
 }
 
 // The pair of sites that the row may use, where there is one only.
-bool Loads::find_only(Pair& pair) const {
+bool Loads::find_only(Pair &pair) const {
     size_t prefills = 0, decodes = 0;
     for (size_t p = 0; p < prefill_us_.size(); ++p)
         if (prefill_us_[p] < INF && ++prefills)
@@ -192,18 +190,18 @@ bool Loads::find_only(Pair& pair) const {
     return prefills == 1 && decodes == 1;
 }
 
-void Loads::raise(double& load, double us) {
+void Loads::raise(double &load, double us) {
     load += us;
     peak_us_ = std::max(peak_us_, load);
 }
 
 void Loads::add(Pair pair) {
     const i32 here = sites_->prefill_at[pair.prefill], there = sites_->decode_at[pair.decode];
-    const auto& hop = sites_->hop(pair.prefill, pair.decode);
+    const auto &hop = sites_->hop(pair.prefill, pair.decode);
     time_[here] += prefill_us_[pair.prefill];
     time_[there] += decode_us_[pair.decode];
     raise(kv_[there], kv_us_[pair.decode]);
-    for (const auto& link : hop.links)
+    for (const auto &link : hop.links)
         raise(link_[link.link], moved_tokens_ * link.us_per_token);
     peak_us_ = std::max({peak_us_, time_[here], time_[there]});
 }
@@ -251,23 +249,23 @@ Loads::Pair Loads::choose() {
 
 // What a pair comes to, of which at least `worst` is known; infinite without a hop.
 double Loads::score(Pair pair, double worst) const {
-    const auto& hop = sites_->hop(pair.prefill, pair.decode);
+    const auto &hop = sites_->hop(pair.prefill, pair.decode);
     if (!hop.exists)
         return INF;
     double arrived = prefill_[pair.prefill];
     if (hop.moves) {
         arrived += hop.latency_us + hop.us_per_token * moved_tokens_;
-        for (const auto& link : hop.links)
+        for (const auto &link : hop.links)
             worst = std::max(worst, link_[link.link] + moved_tokens_ * link.us_per_token);
     }
     const double done = arrived + decode_us_[pair.decode];
     return std::max(worst, done) + MINOR * (arrived + decode_[pair.decode]);
 }
 
-Placement::Placement(const Cluster& cluster) : cluster_(cluster), loads_(cluster) {
+Placement::Placement(const Cluster &cluster) : cluster_(cluster), loads_(cluster) {
     size_t prefills = 0, decodes = 0;
     for (i32 at = 0; at < i32(cluster.instances.size()); ++at) {
-        const auto& one = cluster.instances[at];
+        const auto &one = cluster.instances[at];
         if (one.prefills && ++prefills)
             only_prefill_ = at;
         if (one.decodes && ++decodes)
@@ -277,22 +275,22 @@ Placement::Placement(const Cluster& cluster) : cluster_(cluster), loads_(cluster
     has_only_pair_ = prefills == 1 && decodes == 1;
 }
 
-void Placement::place(std::vector<Fresh>& rows, const std::vector<Resident>& residents) {
+void Placement::place(std::vector<Fresh> &rows, const std::vector<Resident> &residents) {
     if (rows.empty())
         return;
     find_returning(rows);
     if (returning_.empty() && has_only_pair_)
-        for (auto& row : rows) {
+        for (auto &row : rows) {
             row.on = only_prefill_;
             row.decode_on = only_decode_;
         }
     if (!are_forced(rows))
         choose(rows, residents);
-    for (auto& row : rows)
+    for (auto &row : rows)
         row.cached = std::max(row.cached, matched(row, cluster_, row.on));
 }
 
-void Placement::find_returning(const std::vector<Fresh>& rows) {
+void Placement::find_returning(const std::vector<Fresh> &rows) {
     returning_.clear();
     if (all_prefill_)
         return;
@@ -300,7 +298,7 @@ void Placement::find_returning(const std::vector<Fresh>& rows) {
         if (cluster_.instances[at].prefills)
             continue;
         bool is_any = false;
-        for (const auto& row : rows) {
+        for (const auto &row : rows) {
             const bool returns = returns_to(row, cluster_, at);
             if (row.on == at && !returns)
                 throw NotCovered("a row that is to prefill where only decodes are computed");
@@ -312,33 +310,31 @@ void Placement::find_returning(const std::vector<Fresh>& rows) {
 }
 
 // Whether every row may be in one place only, by what was said, and surely fits there.
-bool Placement::are_forced(const std::vector<Fresh>& rows) const {
-    const auto& instances = cluster_.instances;
-    return std::all_of(rows.begin(), rows.end(), [&](const Fresh& row) {
-        return row.on != ANY && row.decode_on != ANY &&
-               row.prompt <= capacity_tokens(instances[row.on]) &&
+bool Placement::are_forced(const std::vector<Fresh> &rows) const {
+    const auto &instances = cluster_.instances;
+    return std::all_of(rows.begin(), rows.end(), [&](const Fresh &row) {
+        return row.on != ANY && row.decode_on != ANY && row.prompt <= capacity_tokens(instances[row.on]) &&
                need_of(row) <= capacity_tokens(instances[row.decode_on]) &&
-               (row.on == row.decode_on ||
-                cluster_.hand_overs[row.on * instances.size() + row.decode_on]);
+               (row.on == row.decode_on || cluster_.hand_overs[row.on * instances.size() + row.decode_on]);
     });
 }
 
 // Each row goes to the best pair for it as things stand; greedy in Python.
-void Placement::choose(std::vector<Fresh>& rows, const std::vector<Resident>& residents) {
-    const auto& found = sites();
+void Placement::choose(std::vector<Fresh> &rows, const std::vector<Resident> &residents) {
+    const auto &found = sites();
     loads_.begin(found, residents);
-    for (auto& row : rows) {
+    for (auto &row : rows) {
         const auto pair = loads_.place(row);
         row.on = found.prefill_at[pair.prefill];
         row.decode_on = found.decode_at[pair.decode];
     }
 }
 
-const Sites& Placement::sites() {
-    for (const auto& one : known_sites_)
+const Sites &Placement::sites() {
+    for (const auto &one : known_sites_)
         if (one.returning == returning_)
             return one;
     return known_sites_.emplace_back(cluster_, returning_);
 }
 
-}  // namespace sagec
+} // namespace sagec

@@ -31,15 +31,15 @@ struct Path {
 struct Cluster {
     std::vector<PlannedInstance> instances;
     std::vector<Path> paths;
-    std::vector<double> link_bytes_per_s;  // by number
-    std::vector<char> hand_overs;          // whether KV surely may go; see Cluster.hands_over
+    std::vector<double> link_bytes_per_s; // by number
+    std::vector<char> hand_overs;         // whether KV surely may go; see Cluster.hands_over
 };
 
 // A waiting request that the strategy admits. cached: of each instance, the leading tokens it has.
 struct Admitted {
     i32 request = NOBODY;
     i64 prompt_tokens = 0, generate_tokens = 0;
-    const i64* cached = nullptr;
+    const i64 *cached = nullptr;
 };
 
 // A running request: Running in runtime/state.py. cached_tokens: at its instance.
@@ -55,24 +55,24 @@ struct Running {
 struct Round {
     i64 number = 0;
     std::vector<Admitted> admitted;
-    bool any_waiting = false;  // whether anybody waits, admitted or not
+    bool any_waiting = false; // whether anybody waits, admitted or not
     std::vector<Running> running;
     std::vector<i32> preempted;
     std::vector<char> idle;
 };
 
 class Planner {
-public:
+  public:
     // chunk: tokens of a chunk, 0: whole prompts. horizon: steps of a plan.
     Planner(Cluster cluster, Mode mode, i64 chunk, i64 horizon);
     ~Planner();
 
     // The plans of a round, in the order of DirectPlanner.plan. Throws NotCovered.
-    std::vector<Plan> plan(const Round& round);
+    std::vector<Plan> plan(const Round &round);
 
-private:
+  private:
     struct Parts;
     std::unique_ptr<Parts> parts_;
 };
 
-}  // namespace sagec
+} // namespace sagec

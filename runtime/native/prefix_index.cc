@@ -8,15 +8,15 @@ namespace sagec {
 
 namespace {
 
-constexpr i64 SPARE = 64;  // entries of the heap that may be stale, however few blocks there are
+constexpr i64 SPARE = 64; // entries of the heap that may be stale, however few blocks there are
 
-}  // namespace
+} // namespace
 
-Lease PrefixIndex::lookup(const i64* hashes, i64 count) {
+Lease PrefixIndex::lookup(const i64 *hashes, i64 count) {
     Lease found;
     for (; found.blocks < count && has(hashes[found.blocks]); ++found.blocks) {
         found.last = hashes[found.blocks];
-        Block& block = blocks_[found.last];
+        Block &block = blocks_[found.last];
         block.rank = next_rank_++;
         block.is_queued = false;
         pin(block);
@@ -24,7 +24,7 @@ Lease PrefixIndex::lookup(const i64* hashes, i64 count) {
     return found;
 }
 
-void PrefixIndex::insert(Lease& lease, const i64* hashes, i64 count) {
+void PrefixIndex::insert(Lease &lease, const i64 *hashes, i64 count) {
     for (i64 i = 0; i < count; ++i) {
         if (!has(hashes[i]))
             enter(hashes[i], lease.last);
@@ -34,10 +34,10 @@ void PrefixIndex::insert(Lease& lease, const i64* hashes, i64 count) {
     lease.blocks += count;
 }
 
-void PrefixIndex::release(const Lease& lease) {
+void PrefixIndex::release(const Lease &lease) {
     i64 hash = lease.last;
     for (i64 i = 0; i < lease.blocks; ++i) {
-        Block& block = blocks_[hash];
+        Block &block = blocks_[hash];
         if (!--block.pins) {
             --pinned_;
             queue(hash);
@@ -66,7 +66,7 @@ bool PrefixIndex::has(i64 hash) const {
 void PrefixIndex::enter(i64 hash, i64 parent) {
     if (hash >= static_cast<i64>(blocks_.size()))
         blocks_.resize(std::max<std::size_t>(2 * blocks_.size(), hash + 1));
-    Block& block = blocks_[hash];
+    Block &block = blocks_[hash];
     block.parent = parent;
     block.rank = next_rank_++;
     block.is_cached = true;
@@ -77,7 +77,7 @@ void PrefixIndex::enter(i64 hash, i64 parent) {
 }
 
 void PrefixIndex::leave(i64 hash) {
-    Block& block = blocks_[hash];
+    Block &block = blocks_[hash];
     block.is_cached = false;
     --size_;
     note(hash, evicted_, stored_);
@@ -88,7 +88,7 @@ void PrefixIndex::leave(i64 hash) {
 }
 
 void PrefixIndex::queue(i64 hash) {
-    Block& block = blocks_[hash];
+    Block &block = blocks_[hash];
     if (!block.may_go() || block.is_queued)
         return;
     block.is_queued = true;
@@ -96,7 +96,7 @@ void PrefixIndex::queue(i64 hash) {
     std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
     if (static_cast<i64>(heap_.size()) <= 2 * size_ + SPARE)
         return;
-    const auto stale = [this](const Ranked& entry) { return is_stale(entry); };
+    const auto stale = [this](const Ranked &entry) { return is_stale(entry); };
     heap_.erase(std::remove_if(heap_.begin(), heap_.end(), stale), heap_.end());
     std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
 }
@@ -108,7 +108,7 @@ i64 PrefixIndex::victim() {
         heap_.pop_back();
         if (is_stale(first))
             continue;
-        Block& block = blocks_[first.second];
+        Block &block = blocks_[first.second];
         block.is_queued = false;
         if (block.may_go())
             return first.second;
@@ -117,14 +117,14 @@ i64 PrefixIndex::victim() {
 }
 
 // Whether the block was used since, or has gone.
-bool PrefixIndex::is_stale(const Ranked& entry) const {
-    const Block& block = blocks_[entry.second];
+bool PrefixIndex::is_stale(const Ranked &entry) const {
+    const Block &block = blocks_[entry.second];
     return !block.is_queued || block.rank != entry.first;
 }
 
 // A change that undoes one that nobody was told of cancels it.
-void PrefixIndex::note(i64 hash, std::vector<i64>& to, std::vector<i64>& undone) {
-    Block& block = blocks_[hash];
+void PrefixIndex::note(i64 hash, std::vector<i64> &to, std::vector<i64> &undone) {
+    Block &block = blocks_[hash];
     if (block.place != NOBODY) {
         undone[block.place] = NOBODY;
         block.place = NOBODY;
@@ -134,12 +134,12 @@ void PrefixIndex::note(i64 hash, std::vector<i64>& to, std::vector<i64>& undone)
     to.push_back(hash);
 }
 
-std::vector<i64> PrefixIndex::take(std::vector<i64>& noted) {
+std::vector<i64> PrefixIndex::take(std::vector<i64> &noted) {
     std::vector<i64> taken;
     taken.reserve(noted.size());
     for (const i64 hash : noted) {
         if (hash == NOBODY)
-            continue;  // undone
+            continue; // undone
         blocks_[hash].place = NOBODY;
         taken.push_back(hash);
     }
@@ -147,4 +147,4 @@ std::vector<i64> PrefixIndex::take(std::vector<i64>& noted) {
     return taken;
 }
 
-}  // namespace sagec
+} // namespace sagec

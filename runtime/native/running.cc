@@ -9,22 +9,20 @@ namespace sagec {
 
 namespace {
 
-double pairs_of(i64 begin, i64 end) {
-    return static_cast<double>(end * (end + 1) - begin * (begin + 1)) / 2;
-}
+double pairs_of(i64 begin, i64 end) { return static_cast<double>(end * (end + 1) - begin * (begin + 1)) / 2; }
 
 i64 whole_us(double us) { return std::max<i64>(1, std::llrint(us)); }
 
 // When each of so many like steps ends.
-void time_steps(i64 steps, const StepCost& cost, Stretch& stretch) {
+void time_steps(i64 steps, const StepCost &cost, Stretch &stretch) {
     const i64 decodes = static_cast<i64>(stretch.decodes.size());
     i64 tokens = decodes, context = 0;
     double pairs = 0;
-    for (const Computed& chunk : stretch.chunks) {
+    for (const Computed &chunk : stretch.chunks) {
         tokens += chunk.end - chunk.begin;
         pairs += pairs_of(chunk.begin, chunk.end);
     }
-    for (const Row* row : stretch.decodes)
+    for (const Row *row : stretch.decodes)
         context += row->num_tokens;
     i64 end_us = stretch.begin_us;
     for (i64 i = 0; i < steps; ++i, context += decodes) {
@@ -33,7 +31,7 @@ void time_steps(i64 steps, const StepCost& cost, Stretch& stretch) {
     }
 }
 
-}  // namespace
+} // namespace
 
 // ---- Stretch
 
@@ -61,18 +59,17 @@ void RunningPlan::begin(Plan plan) {
     step = 0;
     exports = plan_.exports;
     starts_.clear();
-    for (const Plan::Chunk& chunk : plan_.chunks)
+    for (const Plan::Chunk &chunk : plan_.chunks)
         if (starts_.empty() || starts_.back() != chunk.step)
             starts_.push_back(chunk.step);
-    for (const Plan::Decode& decode : plan_.decodes)
+    for (const Plan::Decode &decode : plan_.decodes)
         if (starts_.empty() || starts_.back() != decode.begin_step)
             starts_.push_back(decode.begin_step);
     std::sort(starts_.begin(), starts_.end());
     starts_.erase(std::unique(starts_.begin(), starts_.end()), starts_.end());
 }
 
-bool RunningPlan::next_stretch(Residents& residents, const StepCost& cost, i64 now_us,
-                               Stretch& stretch) {
+bool RunningPlan::next_stretch(Residents &residents, const StepCost &cost, i64 now_us, Stretch &stretch) {
     const i64 from = step;
     std::size_t later = first_start_after(from);
     for (i64 at = from; at < plan_.num_steps; at = starts_[later++]) {
@@ -91,7 +88,7 @@ bool RunningPlan::next_stretch(Residents& residents, const StepCost& cost, i64 n
 }
 
 // Who computes from this step on; for how many steps, 0 where nobody does.
-i64 RunningPlan::fill(Residents& residents, Stretch& stretch) const {
+i64 RunningPlan::fill(Residents &residents, Stretch &stretch) const {
     stretch.first = step;
     stretch.done = 0;
     stretch.chunks.clear();
@@ -100,7 +97,7 @@ i64 RunningPlan::fill(Residents& residents, Stretch& stretch) const {
     stretch.reached.clear();
     add_chunks(residents, stretch);
     i64 tokens = 0;
-    for (const Computed& chunk : stretch.chunks)
+    for (const Computed &chunk : stretch.chunks)
         tokens += chunk.end - chunk.begin;
     i64 steps = stretch.chunks.empty() ? until_change() : 1;
     if (stretch.chunks.empty() || plan_.mixes_phases)
@@ -120,19 +117,19 @@ i64 RunningPlan::until_change() const {
 }
 
 std::size_t RunningPlan::first_chunk_of(i64 at) const {
-    const auto is_before = [](const Plan::Chunk& chunk, i64 of) { return chunk.step < of; };
-    const auto& all = plan_.chunks;
+    const auto is_before = [](const Plan::Chunk &chunk, i64 of) { return chunk.step < of; };
+    const auto &all = plan_.chunks;
     return std::lower_bound(all.begin(), all.end(), at, is_before) - all.begin();
 }
 
 // The step's chunks, less what is computed already; and with what the prefix cache was thought to
 // have and has not.
-void RunningPlan::add_chunks(Residents& residents, Stretch& stretch) const {
+void RunningPlan::add_chunks(Residents &residents, Stretch &stretch) const {
     for (std::size_t i = first_chunk_of(step); i < plan_.chunks.size(); ++i) {
-        const Plan::Chunk& chunk = plan_.chunks[i];
+        const Plan::Chunk &chunk = plan_.chunks[i];
         if (chunk.step != step)
             break;
-        Row* row = residents.find(request(chunk.row));
+        Row *row = residents.find(request(chunk.row));
         if (!row || chunk.end > row->num_tokens)
             continue;
         residents.begin(*row);
@@ -142,15 +139,15 @@ void RunningPlan::add_chunks(Residents& residents, Stretch& stretch) const {
 }
 
 // Rows that decode from this step on; for how many steps all of them do.
-i64 RunningPlan::add_decodes(i64 tokens, i64 most, Residents& residents, Stretch& stretch) const {
+i64 RunningPlan::add_decodes(i64 tokens, i64 most, Residents &residents, Stretch &stretch) const {
     const i64 budget = plan_.max_step_tokens - tokens;
     i64 steps = most;
-    for (const Plan::Decode& decode : plan_.decodes) {
+    for (const Plan::Decode &decode : plan_.decodes) {
         if (static_cast<i64>(stretch.decodes.size()) >= budget)
             break;
         if (decode.begin_step > step)
             continue;
-        Row* row = residents.find(request(decode.row));
+        Row *row = residents.find(request(decode.row));
         if (!row || !row->decodes() || row->computed >= decode.until_tokens)
             continue;
         const i64 its_steps = steps_with_room(decode, *row, most, residents);
@@ -163,8 +160,7 @@ i64 RunningPlan::add_decodes(i64 tokens, i64 most, Residents& residents, Stretch
 }
 
 // For how many steps the row may decode, of which it has room for one at least; 0: it has none.
-i64 RunningPlan::steps_with_room(const Plan::Decode& decode, Row& row, i64 most,
-                                 Residents& residents) const {
+i64 RunningPlan::steps_with_room(const Plan::Decode &decode, Row &row, i64 most, Residents &residents) const {
     i64 end = std::min(row.computed + most, decode.until_tokens);
     if (end >= row.limit)
         end = row.limit - 1;
@@ -177,7 +173,7 @@ i64 RunningPlan::steps_with_room(const Plan::Decode& decode, Row& row, i64 most,
 
 // Let a lone prompt's chunk be followed by the next ones, up to the one that samples. Nothing else
 // happens then, for nobody decodes here.
-void RunningPlan::prolong(Residents& residents, const StepCost& cost, Stretch& stretch) const {
+void RunningPlan::prolong(Residents &residents, const StepCost &cost, Stretch &stretch) const {
     const Computed first = stretch.chunks[0];
     i64 end = first.end;
     stretch.reached.push_back(end);
@@ -199,4 +195,4 @@ void RunningPlan::prolong(Residents& residents, const StepCost& cost, Stretch& s
         stretch.reached.clear();
 }
 
-}  // namespace sagec
+} // namespace sagec

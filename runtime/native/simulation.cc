@@ -10,22 +10,23 @@ namespace {
 
 // A list of floats read from its beginning on.
 class Reader {
-public:
+  public:
     explicit Reader(std::vector<double> values) : values_(std::move(values)) {}
 
     double one() { return values_.at(at_++); }
     std::vector<double> list(std::size_t count) {
         std::vector<double> found;
-        for (std::size_t i = 0; i < count; ++i) found.push_back(one());
+        for (std::size_t i = 0; i < count; ++i)
+            found.push_back(one());
         return found;
     }
 
-private:
+  private:
     std::vector<double> values_;
     std::size_t at_ = 0;
 };
 
-Curve read_curve(Reader& reader) {
+Curve read_curve(Reader &reader) {
     const auto pieces = static_cast<std::size_t>(reader.one());
     const double begin_us = reader.one();
     std::vector<double> knots = reader.list(pieces);
@@ -44,12 +45,12 @@ Fit read_fit(std::vector<double> values) {
 }
 
 // The costs of all instances, whose columns begin with `prefix`.
-std::vector<StepCost> read_costs(const Columns& told, const std::string& prefix,
-                                 std::size_t count) {
+std::vector<StepCost> read_costs(const Columns &told, const std::string &prefix, std::size_t count) {
     std::vector<StepCost> costs(count);
-    const auto set = [&](const std::string& name, double StepCost::*field) {
-        const std::vector<double>& column = told.floats(prefix + name);
-        for (std::size_t at = 0; at < count; ++at) costs[at].*field = column.at(at);
+    const auto set = [&](const std::string &name, double StepCost::*field) {
+        const std::vector<double> &column = told.floats(prefix + name);
+        for (std::size_t at = 0; at < count; ++at)
+            costs[at].*field = column.at(at);
     };
     set("flops_per_token", &StepCost::flops_per_token);
     set("flops_per_pair", &StepCost::flops_per_pair);
@@ -65,13 +66,14 @@ std::vector<StepCost> read_costs(const Columns& told, const std::string& prefix,
     for (std::size_t at = 0; at < count; ++at) {
         std::vector<double> fit = told.floats_of(prefix + "fit", at);
         costs[at].has_fit = !fit.empty();
-        if (costs[at].has_fit) costs[at].fit = read_fit(std::move(fit));
+        if (costs[at].has_fit)
+            costs[at].fit = read_fit(std::move(fit));
         costs[at].prepare();
     }
     return costs;
 }
 
-std::vector<Member> read_members(const Columns& told) {
+std::vector<Member> read_members(const Columns &told) {
     std::vector<Member> members;
     for (std::size_t at = 0; at < told.ints("prefills").size(); ++at) {
         members.push_back({told.ints("prefills")[at] != 0, told.ints("decodes").at(at) != 0,
@@ -80,7 +82,7 @@ std::vector<Member> read_members(const Columns& told) {
     return members;
 }
 
-std::vector<EngineSpec> read_specs(const Columns& told, const std::vector<Member>& members) {
+std::vector<EngineSpec> read_specs(const Columns &told, const std::vector<Member> &members) {
     const std::vector<StepCost> costs = read_costs(told, "engine.", members.size());
     std::vector<EngineSpec> specs;
     for (std::size_t at = 0; at < members.size(); ++at) {
@@ -99,23 +101,22 @@ std::vector<EngineSpec> read_specs(const Columns& told, const std::vector<Member
 }
 
 // The links of each row of a table of ways, by number.
-std::vector<i32> links_of(const Columns& told, const std::string& name, std::size_t row) {
+std::vector<i32> links_of(const Columns &told, const std::string &name, std::size_t row) {
     const std::vector<i64> links = told.ints_of(name + ".links", row);
     return {links.begin(), links.end()};
 }
 
-std::shared_ptr<Network> read_network(const Columns& told) {
+std::shared_ptr<Network> read_network(const Columns &told) {
     std::vector<Route> routes;
     for (std::size_t row = 0; row < told.ints("routes.source").size(); ++row) {
         routes.push_back({static_cast<i32>(told.ints("routes.source")[row]),
                           static_cast<i32>(told.ints("routes.target").at(row)),
-                          told.floats("routes.latency_us").at(row),
-                          links_of(told, "routes", row)});
+                          told.floats("routes.latency_us").at(row), links_of(told, "routes", row)});
     }
     return make_network(told.floats("network.bytes_per_s"), std::move(routes));
 }
 
-std::vector<PlannedInstance> read_planned(const Columns& told, const std::vector<Member>& members) {
+std::vector<PlannedInstance> read_planned(const Columns &told, const std::vector<Member> &members) {
     const std::vector<StepCost> costs = read_costs(told, "planned.", members.size());
     std::vector<PlannedInstance> planned;
     for (std::size_t at = 0; at < members.size(); ++at) {
@@ -134,11 +135,11 @@ std::vector<PlannedInstance> read_planned(const Columns& told, const std::vector
     return planned;
 }
 
-Cluster read_cluster(const Columns& told, const std::vector<Member>& members) {
+Cluster read_cluster(const Columns &told, const std::vector<Member> &members) {
     Cluster cluster;
     cluster.instances = read_planned(told, members);
     cluster.link_bytes_per_s = told.floats("links.bytes_per_s");
-    const std::vector<i64>& hand_overs = told.ints("hand_overs");
+    const std::vector<i64> &hand_overs = told.ints("hand_overs");
     cluster.hand_overs.assign(hand_overs.begin(), hand_overs.end());
     for (std::size_t row = 0; row < told.ints("paths.source").size(); ++row) {
         Path path;
@@ -152,11 +153,11 @@ Cluster read_cluster(const Columns& told, const std::vector<Member>& members) {
     return cluster;
 }
 
-std::vector<Request> read_requests(const Columns& told, const std::vector<i64>& hashes) {
-    const std::vector<i64>& begins = told.ints("hashes.at");
+std::vector<Request> read_requests(const Columns &told, const std::vector<i64> &hashes) {
+    const std::vector<i64> &begins = told.ints("hashes.at");
     std::vector<Request> requests(told.ints("prompt_tokens").size());
     for (std::size_t at = 0; at < requests.size(); ++at) {
-        Request& request = requests[at];
+        Request &request = requests[at];
         request.prompt_tokens = told.ints("prompt_tokens")[at];
         request.max_output_tokens = told.ints("max_output_tokens").at(at);
         request.arrival_us = told.ints("arrival_us").at(at);
@@ -169,9 +170,9 @@ std::vector<Request> read_requests(const Columns& told, const std::vector<i64>& 
 
 // Throws NotCovered unless every block stands behind the same block in all prompts. They may be
 // those of made-up hashes, of which caches keep only what makes sense.
-void check_blocks(const std::vector<Request>& requests, i64 blocks) {
-    std::vector<i64> before(blocks, -2);  // -1: it is the first of its prompts
-    for (const Request& request : requests) {
+void check_blocks(const std::vector<Request> &requests, i64 blocks) {
+    std::vector<i64> before(blocks, -2); // -1: it is the first of its prompts
+    for (const Request &request : requests) {
         i64 last = -1;
         for (i64 at = 0; at < request.num_hashes; ++at) {
             const i64 block = request.hashes[at];
@@ -185,7 +186,7 @@ void check_blocks(const std::vector<Request>& requests, i64 blocks) {
 }
 
 // Block size of each instance that prefills with a prefix cache, 0 for the others.
-std::vector<i64> caching(const Columns& told, const std::vector<Member>& members) {
+std::vector<i64> caching(const Columns &told, const std::vector<Member> &members) {
     std::vector<i64> block_tokens;
     for (std::size_t at = 0; at < members.size(); ++at) {
         const bool looks = members[at].prefills && told.ints("caches").at(at);
@@ -194,18 +195,18 @@ std::vector<i64> caching(const Columns& told, const std::vector<Member>& members
     return block_tokens;
 }
 
-void put_ended(const Loop& loop, Columns& result) {
+void put_ended(const Loop &loop, Columns &result) {
     std::vector<i64> request, ending, end_us, ran_on, begins = {0};
-    for (const Ended& ended : loop.ended()) {
+    for (const Ended &ended : loop.ended()) {
         request.push_back(ended.request);
         ending.push_back(static_cast<i64>(ended.ending));
         end_us.push_back(ended.end_us);
-        const std::vector<i32>& places = loop.table()[ended.request].ran_on;
+        const std::vector<i32> &places = loop.table()[ended.request].ran_on;
         ran_on.insert(ran_on.end(), places.begin(), places.end());
         begins.push_back(static_cast<i64>(ran_on.size()));
     }
-    const auto put = [&](const std::string& name, i64 Serving::*field) {
-        const auto value_of = [&](const Ended& one) { return loop.table()[one.request].*field; };
+    const auto put = [&](const std::string &name, i64 Serving::*field) {
+        const auto value_of = [&](const Ended &one) { return loop.table()[one.request].*field; };
         result.put(name, column_of(loop.ended(), value_of));
     };
     put("prompt_tokens", &Serving::prompt_tokens);
@@ -223,9 +224,9 @@ void put_ended(const Loop& loop, Columns& result) {
     result.put("ran_on.at", std::move(begins));
 }
 
-void put_uses(const Meter& meter, Columns& result) {
-    const auto put = [&](const std::string& name, i64 InstanceUse::*field) {
-        const auto value_of = [&](const InstanceUse& use) { return use.*field; };
+void put_uses(const Meter &meter, Columns &result) {
+    const auto put = [&](const std::string &name, i64 InstanceUse::*field) {
+        const auto value_of = [&](const InstanceUse &use) { return use.*field; };
         result.put("uses." + name, column_of(meter.uses, value_of));
     };
     put("busy_us", &InstanceUse::busy_us);
@@ -236,11 +237,12 @@ void put_uses(const Meter& meter, Columns& result) {
     put("reused_tokens", &InstanceUse::reused_tokens);
     put("sent_bytes", &InstanceUse::sent_bytes);
     std::vector<double> pairs;
-    for (const InstanceUse& use : meter.uses) pairs.push_back(use.pairs);
+    for (const InstanceUse &use : meter.uses)
+        pairs.push_back(use.pairs);
     result.put("uses.pairs", std::move(pairs));
 }
 
-void put_series(const Meter& meter, Columns& result) {
+void put_series(const Meter &meter, Columns &result) {
     result.put("rounds.us", meter.rounds_us);
     result.put("rounds.waiting", meter.waiting);
     result.put("rounds.running", meter.running);
@@ -255,7 +257,7 @@ void put_series(const Meter& meter, Columns& result) {
     result.put("moves.end_us", meter.move_ends_us);
 }
 
-std::vector<Plan::Move> read_moves(const Columns& told, const std::string& name, std::size_t plan) {
+std::vector<Plan::Move> read_moves(const Columns &told, const std::string &name, std::size_t plan) {
     const std::vector<i64> rows = told.ints_of(name + ".row", plan);
     const std::vector<i64> peers = told.ints_of(name + ".peer", plan);
     std::vector<Plan::Move> moves;
@@ -265,16 +267,18 @@ std::vector<Plan::Move> read_moves(const Columns& told, const std::string& name,
     return moves;
 }
 
-Plan read_plan(const Columns& told, std::size_t at) {
-    const auto ints = [&](const std::string& name) { return told.ints_of("plans." + name, at); };
+Plan read_plan(const Columns &told, std::size_t at) {
+    const auto ints = [&](const std::string &name) { return told.ints_of("plans." + name, at); };
     Plan plan;
     plan.round = told.one("plans.round");
     plan.instance = static_cast<i32>(told.ints("plans.instance").at(at));
     plan.mixes_phases = told.ints("plans.mixes_phases").at(at) != 0;
     plan.num_steps = static_cast<i32>(told.ints("plans.num_steps").at(at));
     plan.max_step_tokens = told.ints("plans.max_step_tokens").at(at);
-    for (const i64 request : ints("requests")) plan.requests.push_back(static_cast<i32>(request));
-    for (const i64 row : ints("preemptions")) plan.preemptions.push_back(static_cast<i32>(row));
+    for (const i64 request : ints("requests"))
+        plan.requests.push_back(static_cast<i32>(request));
+    for (const i64 row : ints("preemptions"))
+        plan.preemptions.push_back(static_cast<i32>(row));
     plan.kv_blocks = ints("kv_blocks");
     const auto step = ints("chunks.step"), chunk = ints("chunks.row");
     const auto begin = ints("chunks.begin"), end = ints("chunks.end");
@@ -292,9 +296,9 @@ Plan read_plan(const Columns& told, std::size_t at) {
     return plan;
 }
 
-}  // namespace
+} // namespace
 
-std::vector<Plan> read_plans(const Columns& told) {
+std::vector<Plan> read_plans(const Columns &told) {
     std::vector<Plan> plans;
     for (std::size_t at = 0; at < told.ints("plans.instance").size(); ++at) {
         plans.push_back(read_plan(told, at));
@@ -302,18 +306,15 @@ std::vector<Plan> read_plans(const Columns& told) {
     return plans;
 }
 
-Simulation::Simulation(const Columns& told, Directory::BlocksOf blocks_of,
-                       Loop::PlanElsewhere plan_elsewhere)
+Simulation::Simulation(const Columns &told, Directory::BlocksOf blocks_of, Loop::PlanElsewhere plan_elsewhere)
     : hashes_(told.ints("hashes")), requests_(read_requests(told, hashes_)) {
     const std::vector<Member> members = read_members(told);
-    const std::vector<i64>& refused = told.ints("refused");
+    const std::vector<i64> &refused = told.ints("refused");
     refused_.assign(refused.begin(), refused.end());
     check_blocks(requests_, told.one("blocks"));
-    planner_ = std::make_unique<Planner>(read_cluster(told, members),
-                                         static_cast<Mode>(told.one("mode")), told.one("chunk"),
-                                         told.one("horizon"));
-    Directory directory(requests_, caching(told, members), told.one("blocks"),
-                        std::move(blocks_of));
+    planner_ = std::make_unique<Planner>(read_cluster(told, members), static_cast<Mode>(told.one("mode")),
+                                         told.one("chunk"), told.one("horizon"));
+    Directory directory(requests_, caching(told, members), told.one("blocks"), std::move(blocks_of));
     executor_ = std::make_unique<Executor>(members, read_specs(told, members), requests_, refused_,
                                            std::move(directory), read_network(told), *planner_,
                                            std::move(plan_elsewhere));
@@ -328,4 +329,4 @@ Columns Simulation::result() const {
     return result;
 }
 
-}  // namespace sagec
+} // namespace sagec

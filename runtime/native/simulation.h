@@ -13,16 +13,15 @@ namespace sagec {
 
 // Owns all that a run needs.
 class Simulation {
-public:
+  public:
     // blocks_of: see Directory; plan_elsewhere: see Loop. Throws NotCovered.
-    Simulation(const Columns& told, Directory::BlocksOf blocks_of,
-               Loop::PlanElsewhere plan_elsewhere);
+    Simulation(const Columns &told, Directory::BlocksOf blocks_of, Loop::PlanElsewhere plan_elsewhere);
 
     bool advance(i64 turns) { return executor_->advance(turns); }
     // What came of it, up to now.
     Columns result() const;
 
-private:
+  private:
     std::vector<i64> hashes_;
     std::vector<Request> requests_;
     std::vector<char> refused_;
@@ -31,6 +30,6 @@ private:
 };
 
 // The plans that columns say, of one round.
-std::vector<Plan> read_plans(const Columns& told);
+std::vector<Plan> read_plans(const Columns &told);
 
-}  // namespace sagec
+} // namespace sagec

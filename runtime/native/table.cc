@@ -12,7 +12,7 @@ void InOrder::insert(i32 number) {
     }
     const auto first = numbers_.begin() + first_;
     const auto at = std::lower_bound(first, numbers_.end(), number);
-    if (first_ && at - first < numbers_.end() - at) {  // who comes back is among the first
+    if (first_ && at - first < numbers_.end() - at) { // who comes back is among the first
         std::move(first, at, first - 1);
         --first_;
         *(at - 1) = number;
@@ -36,25 +36,26 @@ void InOrder::erase(i32 number) {
     }
 }
 
-Table::Table(const std::vector<Request>& requests, std::vector<i64> room_tokens)
+Table::Table(const std::vector<Request> &requests, std::vector<i64> room_tokens)
     : requests_(requests), room_tokens_(std::move(room_tokens)), rows_(requests.size()) {}
 
 void Table::add(i32 request) {
-    const Request& asked = requests_[request];
+    const Request &asked = requests_[request];
     rows_[request].remaining_tokens = asked.max_output_tokens;
     wait(request, asked.prompt_tokens);
 }
 
 void Table::wait(i32 request, i64 prompt_tokens) {
     enter(request, Phase::waiting);
-    Serving& row = rows_[request];
+    Serving &row = rows_[request];
     row.prompt_tokens = prompt_tokens;
     row.computed_tokens = 0;
     row.arriving = false;
 }
 
 void Table::note_too_long(i32 request) {
-    if (!rows_[request].is_too_long) too_long_.insert(request);
+    if (!rows_[request].is_too_long)
+        too_long_.insert(request);
     rows_[request].is_too_long = true;
 }
 
@@ -68,21 +69,23 @@ void Table::leave(i32 request) { enter(request, Phase::leaving); }
 void Table::remove(i32 request) { enter(request, Phase::absent); }
 
 void Table::move(i32 request, i32 instance, bool arriving) {
-    Serving& row = rows_[request];
+    Serving &row = rows_[request];
     row.instance = row.decode_on = instance;
     row.arriving = arriving;
 }
 
 void Table::counted(i32 request, i64 count, i64 first_us, i64 last_us) {
-    Serving& row = rows_[request];
-    if (!row.output_tokens) row.first_token_us = first_us;
+    Serving &row = rows_[request];
+    if (!row.output_tokens)
+        row.first_token_us = first_us;
     row.computed_tokens = requests_[request].prompt_tokens + row.output_tokens + (count - 1);
     row.output_tokens += count;
-    if (row.remaining_tokens != UNBOUNDED) row.remaining_tokens -= count;
+    if (row.remaining_tokens != UNBOUNDED)
+        row.remaining_tokens -= count;
     row.last_token_us = last_us;
 }
 
-i64 Table::remaining_tokens(const Serving& row) const {
+i64 Table::remaining_tokens(const Serving &row) const {
     const bool prefills = row.computed_tokens < row.prompt_tokens;
     const i64 held = prefills ? row.prompt_tokens : row.computed_tokens + 1;
     return std::min(row.remaining_tokens, room_tokens_[row.decode_on] - held);
@@ -90,9 +93,12 @@ i64 Table::remaining_tokens(const Serving& row) const {
 
 void Table::enter(i32 request, Phase phase) {
     const Phase before = rows_[request].phase;
-    if (before == phase) return;
-    if (InOrder* roster_before = roster(before)) roster_before->erase(request);
-    if (InOrder* roster_now = roster(phase)) roster_now->insert(request);
+    if (before == phase)
+        return;
+    if (InOrder *roster_before = roster(before))
+        roster_before->erase(request);
+    if (InOrder *roster_now = roster(phase))
+        roster_now->insert(request);
     rows_[request].phase = phase;
     if (rows_[request].is_too_long) {
         rows_[request].is_too_long = false;
@@ -100,14 +106,18 @@ void Table::enter(i32 request, Phase phase) {
     }
 }
 
-InOrder* Table::roster(Phase phase) {
+InOrder *Table::roster(Phase phase) {
     switch (phase) {
-        case Phase::waiting: return &waiting_;
-        case Phase::running: return &running_;
-        case Phase::leaving: return &leaving_;
-        case Phase::absent: break;
+    case Phase::waiting:
+        return &waiting_;
+    case Phase::running:
+        return &running_;
+    case Phase::leaving:
+        return &leaving_;
+    case Phase::absent:
+        break;
     }
     return nullptr;
 }
 
-}  // namespace sagec
+} // namespace sagec

@@ -13,8 +13,8 @@ namespace sagec {
 using i32 = std::int32_t;
 using i64 = std::int64_t;
 
-constexpr i64 UNBOUNDED = (i64(1) << 31) - 1;  // tokens of a request that goes on until it stops
-constexpr i32 NOBODY = -1;                     // no request, instance or plan
+constexpr i64 UNBOUNDED = (i64(1) << 31) - 1; // tokens of a request that goes on until it stops
+constexpr i32 NOBODY = -1;                    // no request, instance or plan
 
 // What is left to Python, which simulates it from the beginning; the text is the reason.
 struct NotCovered : std::runtime_error {
@@ -29,7 +29,7 @@ struct Request {
     i64 prompt_tokens = 0;
     i64 max_output_tokens = UNBOUNDED;
     i64 arrival_us = 0;
-    const i64* hashes = nullptr;
+    const i64 *hashes = nullptr;
     i64 num_hashes = 0;
     bool hashes_given = false;
 };
@@ -43,9 +43,19 @@ struct Sent {
 
 // A plan. Rows are numbered in it; `requests` says who they are.
 struct Plan {
-    struct Chunk { i32 step, row; i64 begin, end; };
-    struct Decode { i32 row; i32 begin_step; i64 until_tokens; };
-    struct Move { i32 row; i32 peer; };  // peer: the other instance
+    struct Chunk {
+        i32 step, row;
+        i64 begin, end;
+    };
+    struct Decode {
+        i32 row;
+        i32 begin_step;
+        i64 until_tokens;
+    };
+    struct Move {
+        i32 row;
+        i32 peer;
+    }; // peer: the other instance
 
     i64 round = 0;
     i32 instance = NOBODY;
@@ -53,10 +63,10 @@ struct Plan {
     i32 num_steps = 0;
     i64 max_step_tokens = 0;
     std::vector<i32> requests;
-    std::vector<i64> kv_blocks;  // of each row
-    std::vector<Chunk> chunks;   // by step, then as computed
+    std::vector<i64> kv_blocks; // of each row
+    std::vector<Chunk> chunks;  // by step, then as computed
     std::vector<Decode> decodes;
-    std::vector<i32> preemptions;  // rows, recomputed later
+    std::vector<i32> preemptions; // rows, recomputed later
     std::vector<Move> imports, exports;
 };
 
@@ -73,32 +83,39 @@ struct Handle {
 
 // What an instance says; which fields count depends on `kind`.
 struct Event {
-    enum Kind : i32 {
-        stepped, exported, imported, cached, preempted, plan_done, cancelled, failed
+    enum Kind : i32 { stepped, exported, imported, cached, preempted, plan_done, cancelled, failed };
+    struct Chunk {
+        i32 request;
+        i64 begin, end;
     };
-    struct Chunk { i32 request; i64 begin, end; };
-    struct Advance { i32 request; i64 first, count; };  // tokens, by their index in the output
-    struct Reuse { i32 request; i64 tokens; };
+    struct Advance {
+        i32 request;
+        i64 first, count;
+    }; // tokens, by their index in the output
+    struct Reuse {
+        i32 request;
+        i64 tokens;
+    };
 
     Kind kind = stepped;
     i32 instance = NOBODY;
-    i64 plan_round = 0;   // stepped, plan_done: the round of the plan
-    i64 step = 0;         // stepped: the last of `steps` like steps
+    i64 plan_round = 0; // stepped, plan_done: the round of the plan
+    i64 step = 0;       // stepped: the last of `steps` like steps
     i64 steps = 1;
-    i64 begin_us = 0, end_us = 0;  // stepped, imported; exported: end_us, when it arrives
+    i64 begin_us = 0, end_us = 0; // stepped, imported; exported: end_us, when it arrives
     i64 kv_blocks_used = 0;
     std::vector<Chunk> chunks;
     std::vector<i32> decodes;
     std::vector<Advance> advanced;
-    std::vector<i32> finished;  // all of them by length
+    std::vector<i32> finished; // all of them by length
     std::vector<Reuse> reused;
-    Handle handle;          // exported
-    i32 request = NOBODY;   // imported, preempted, cancelled, failed
-    i32 source = NOBODY;    // imported
-    i64 num_bytes = 0;      // imported
-    i64 kept_tokens = 0;    // preempted
-    std::vector<i64> stored, evicted;  // cached: hashes
-    std::string error;      // failed
+    Handle handle;                    // exported
+    i32 request = NOBODY;             // imported, preempted, cancelled, failed
+    i32 source = NOBODY;              // imported
+    i64 num_bytes = 0;                // imported
+    i64 kept_tokens = 0;              // preempted
+    std::vector<i64> stored, evicted; // cached: hashes
+    std::string error;                // failed
 };
 
-}  // namespace sagec
+} // namespace sagec
