@@ -335,14 +335,12 @@ class Search:
                 trials[rung] = self._trial_at(verdict.layout, rate_of(rung))
             return trials[rung].attained >= self._target.attained
 
-        top = rung_of(verdict.bound_per_s)
-        if enough_per_s:
-            low = rung_of(enough_per_s)
-            if not succeeds(low):
-                return _lost(verdict, trials[low])
-        else:
-            low = rung_of(verdict.bound_per_s / DEPTH)
-        reached = highest(succeeds, low, top + 1)
+        low, top = rung_of(verdict.bound_per_s / DEPTH), rung_of(verdict.bound_per_s)
+        enough = rung_of(enough_per_s) if enough_per_s else low
+        reached = highest(succeeds, low, top + 1, enough)
+        failed = min((rung for rung in trials if not succeeds(rung)), default=top + 1)
+        if failed <= enough:
+            return _lost(verdict, trials[failed])
         missed = trials.get(reached + 1)
         shown = trials.get(reached) or missed
         assert shown is not None
@@ -432,16 +430,18 @@ def rung_of(rate_per_s: float) -> int:
     return rung + 1 if rate_of(rung + 1) <= rate_per_s else rung
 
 
-def highest(succeeds: Callable[[int], bool], low: int, high: int) -> int:
+def highest(succeeds: Callable[[int], bool], low: int, high: int, enough: int | None = None) -> int:
     """The highest in [low, high) that succeeds; low where none does, which is not asked.
 
-    What succeeds is taken to lie below what does not. The answer is looked for near `high` first.
+    What succeeds is taken to lie below what does not. The answer is looked for near `high` first,
+    and only until it is known to be less than `enough`, so that whoever asks for more goes the same
+    way, only further.
 
     >>> highest(lambda rung: rung < 7, 0, 100)
     6
     """
     step = 1
-    while high - low > 1:
+    while high - low > 1 and (enough is None or high > enough):
         at = max(high - step, (low + high) // 2)
         if succeeds(at):
             low = at

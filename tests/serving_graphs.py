@@ -415,6 +415,7 @@ def _decode_faults(scene: Scene, plans: Sequence[ExecutionPlan]) -> Iterator[str
     expected = {row.id: row for row in scene.residents} | scene.prefilled()
     seen: dict[str, tuple[str, int]] = {}
     gone = {p.request_ids[row] for p in plans for row in p.preemptions.row.tolist()}
+    rooms = {place.name: place.kv_blocks * place.block_tokens for place in scene.places}
     for plan in plans:
         for row, _, until in _rows(plan.decodes):
             name = plan.request_ids[row]
@@ -426,6 +427,8 @@ def _decode_faults(scene: Scene, plans: Sequence[ExecutionPlan]) -> Iterator[str
     for name, row in expected.items():
         on, until = seen.get(name, ("", 0))
         tokens = scene.decodes_of(row)
+        if on and row.generate is None:  # it goes on until its instance is full
+            tokens = max(1, min(tokens, rooms[on] - row.prompt))
         least = tokens if not scene.horizon and name not in gone else 0
         if on and not row.prompt < until <= row.prompt + tokens:
             yield f"{name} decodes until {until}, after {row.prompt} and {tokens} to go"

@@ -110,7 +110,7 @@ def ranks_in_step(tp: int) -> dict[str, list[Any]]:
 def parts_of_a_step() -> list[list[int]]:
     """Which of three prompts each step had, where a pass of the model takes but one of them.
 
-    They come while a step is under way that takes its time, or with it, and so together.
+    They come while a step is under way that takes its time, or with it, and so most often together.
     """
     loaded = open_toy(session_len=256, step_us=200_000)
     bench = toy.install()

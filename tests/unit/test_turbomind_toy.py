@@ -124,7 +124,11 @@ def test_all_ranks_take_the_same_steps(stock: Stock) -> None:
 
 @needs_turbomind
 def test_a_step_that_the_model_computes_in_parts_is_one_step(stock: Stock) -> None:
-    assert stock("parts_of_a_step") == [[2, 3, 4], [2, 3, 4]]
+    steps = stock("parts_of_a_step")
+    assert max(map(len, steps)) > 1
+    for number in (2, 3, 4):  # a prompt and a decode, whoever came with whom
+        at = [i for i, numbers in enumerate(steps) if number in numbers]
+        assert at == [at[0], at[0] + 1]
 
 
 @needs_turbomind
