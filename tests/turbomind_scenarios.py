@@ -479,6 +479,27 @@ def a_blob_with_no_room_or_too_long_means_an_ordinary_prefill() -> None:
         assert [event.why for event in b.of(NotImported)] == [abi.NO_ROOM, abi.TOO_LONG]
 
 
+def kv_without_room_is_not_asked_for_again_when_its_prompt_is_computed_and_lost() -> None:
+    with driven() as a, driven(kv_blocks=8, prefix_cache=True) as b:
+        prompt = text(100, seed=5)
+        blob, first = a.prefill(prompt)
+        filler = b.submit(text(60, seed=6), 8)
+        b.serve(whole, steps=3)
+        session = b.expect(prompt, 6, given=first)
+        b.stage(session, blob)
+        b.start(session)
+        b.hold_until(lambda question: session.id in [row.session for row in question.rows])
+        b.serve(lambda question: [(session.id, 16)], steps=1)
+        b.serve(only(filler.id), [filler])
+        b.serve(whole, steps=3)
+        rival = b.submit(text(120, seed=8), 3)
+        b.serve(only(rival.id), [rival])
+        b.serve(whole)
+        exact(filler, session, rival)
+        assert b.counters["preemptions"] > 0 and b.counters["imports"] == 0
+        assert [event.why for event in b.of(NotImported)] == [abi.NO_ROOM]
+
+
 def kv_of_other_tokens_is_not_used() -> None:
     with driven() as a, driven() as b:
         blob, first = a.prefill(text(70, seed=3))

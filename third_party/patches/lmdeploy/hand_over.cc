@@ -168,6 +168,10 @@ void import_staged(Instance &instance, SequenceManager &manager, const Sequences
     for (const Sequence *sequence : sequences) {
         if (sequence->cache_len || !sequence->blocks.empty() || !sequence->tokens.empty())
             continue;
+        // Computed once, as there was no room, and preempted since: with a prefix cache TurboMind clears
+        // a prompt when all of it is computed, and nothing is left to hold the blob against.
+        if (sequence->prompt.empty())
+            continue;
         if (auto blob = instance.kv.arrive(sequence->id)) {
             import(instance, manager, const_cast<Sequence &>(*sequence), *blob);
             instance.kv.let_go(std::move(blob));
