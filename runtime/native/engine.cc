@@ -86,7 +86,7 @@ struct SimEngine::Parts {
     std::vector<char> gone;       // by request: whether it left
     std::vector<i32> received_at; // by request: where in `received`
     std::vector<Event> events;
-    i64 now_us = 0, free_at_us = 0, network_changes = 0;
+    i64 now_us = -1, free_at_us = 0, network_changes = 0;
 };
 
 // ---- Turns
@@ -482,7 +482,7 @@ std::optional<i64> SimEngine::next_us(i64 now_us) const {
     else if (!parts.inbox.empty())
         next_us = now_us;
     else if (parts.is_running)
-        next_us = parts.next_arrival_us(0);
+        next_us = parts.next_arrival_us(parts.now_us + 1); // what is here already found no room
     if (parts.network && !parts.received.empty())
         if (const auto shared_us = parts.network->next_us())
             next_us = std::min(*shared_us, next_us.value_or(*shared_us));

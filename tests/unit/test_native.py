@@ -178,7 +178,7 @@ def test_both_cores_say_the_same_of_very_many_runs(cluster: str, requests: list[
     compare(cluster, requests)
 
 
-def recorded(trace: str, limit: int | None, rate: float, blocks: bool) -> list[Request]:
+def recorded(trace: str, limit: int, rate: float, blocks: bool) -> list[Request]:
     path = TRACES / trace
     if not path.is_file():
         pytest.skip(f"no {path}")
@@ -216,7 +216,7 @@ AZURE, MOONCAKE = "azure/AzureLLMInferenceTrace_conv.csv", "mooncake/synthetic_t
 REPLAYS = {"azure": (AZURE, TOGETHER, 8.0), "mooncake": (MOONCAKE, APART, 3.0)}
 
 
-def replayed(trace: str, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def replayed(trace: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.MODEL", BIG)
     path, cluster, rate = REPLAYS[trace]
     requests = recorded(path, limit, rate, blocks=trace == "mooncake")
@@ -232,10 +232,10 @@ def test_both_cores_say_the_same_of_a_recorded_day(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trace", REPLAYS)
-def test_both_cores_say_the_same_of_a_whole_trace(
+def test_both_cores_say_the_same_of_thousands_of_requests(
     trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replayed(trace, None, monkeypatch)
+    replayed(trace, 4_000, monkeypatch)
 
 
 # Ends that are none of the usual
@@ -258,6 +258,27 @@ def test_requests_that_cannot_be_served_are_told_the_same_reasons() -> None:
     ]
     assert "no model 'another'" in ended["r2"].detail
     assert "the largest holds 3200 tokens" in ended["r4"].detail
+
+
+CROWDED = """cluster c {
+  devices g0..g3 kind h100
+  links g0..g1 to g2..g3 bandwidth 1GB/s latency 0us
+  instances p0..p1 role prefill on g0..g1 engine sim kv_blocks 59 block 4
+  instances d0..d1 role decode on g2..g3 engine sim kv_blocks 59 block 4
+}
+serve on c horizon 1 { request "any" tokens 1 generate 1 }
+"""
+
+
+def test_kv_that_finds_no_room_waits_for_what_comes_next() -> None:
+    requests = [
+        asked(0, 20, max_output_tokens=None, arrival_us=9_000),
+        asked(1, 90, max_output_tokens=None),
+        asked(2, 20, max_output_tokens=120, arrival_us=9_000),
+        asked(3, 90, max_output_tokens=5, arrival_us=9_000),
+    ]
+    ended = alike(CROWDED, requests).ended
+    assert {one.reason for one in ended} == {FinishReason.LENGTH} and len(ended) == 4
 
 
 RESHARDED = """cluster c {

@@ -72,7 +72,7 @@ class SimEngine:
         self._received: dict[str, KVHandle] = {}
         self._gone: dict[str, None] = {}
         self._events: list[Event] = []
-        self._free_at_us = 0
+        self._free_at_us, self._polled_us = 0, -1
         self._capability = Capability(
             kv_blocks=spec.kv_blocks,
             block_tokens=spec.block_tokens,
@@ -97,7 +97,7 @@ class SimEngine:
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
         if not isinstance(self._clock, VirtualClock):
             self._wait(timeout_s)
-        now_us = self._clock.now_us()
+        self._polled_us = now_us = self._clock.now_us()
         if self._fails_at_us is not None and now_us >= self._fails_at_us:
             return self._last_words(self._fails_at_us)
         if self.shared is not None:
@@ -139,7 +139,10 @@ class SimEngine:
             return self._stretch.ends_us[-1]
         if self._inbox:
             return self._clock.now_us()
-        return min(self._coming(self._running), default=None) if self._running else None
+        if self._running is None:
+            return None
+        # KV that is here already found no room, and finds none before something else happens
+        return min((us for us in self._coming(self._running) if us > self._polled_us), default=None)
 
     def close(self) -> None:
         self._running = self._stretch = None
