@@ -121,7 +121,8 @@ class Fit:
 
     A step of prompts takes prefill(tokens) + pair_us for each pair of tokens of which one attends
     to the other. A step of decodes takes decode(requests) + context_us for each token of their KV.
-    One of both takes the sum, less shared_us: overhead and weights are for both.
+    One of both takes the sum, less what its tokens save by passing through the weights together:
+    prefill(prompts) + prefill(requests) - prefill(both), at most shared_us.
     """
 
     prefill: Curve
@@ -139,7 +140,7 @@ class Fit:
         if not np.any(decodes > 0):
             return prefill
         decode = self.decode.each(decodes) + self.context_us * context
-        both = prefill + decode - self.shared_us
+        both = prefill + decode - self._saved_us(tokens, np.maximum(prompts, 0), decodes)
         return np.where(prompts <= 0, decode, np.where(decodes <= 0, prefill, both))
 
     def one(self, tokens: float, pairs: float, context: float, decodes: float) -> float:
@@ -149,7 +150,15 @@ class Fit:
         prefill = self.prefill.one(tokens - decodes) + self.pair_us * (pairs - context)
         if decodes <= 0:
             return prefill
-        return prefill + (self.decode.one(decodes) + self.context_us * context) - self.shared_us
+        decode = self.decode.one(decodes) + self.context_us * context
+        begun = self.prefill.one(tokens - decodes) + self.prefill.one(decodes)
+        saved = begun - self.prefill.one(tokens)
+        return prefill + decode - min(max(saved, 0.0), self.shared_us)
+
+    def _saved_us(self, tokens: Floats, prompts: Floats, decodes: Floats) -> Floats:
+        """What steps of both phases save against two steps."""
+        begun = self.prefill.each(prompts) + self.prefill.each(decodes)
+        return np.clip(begun - self.prefill.each(tokens), 0.0, self.shared_us)
 
 
 @dataclass(frozen=True)

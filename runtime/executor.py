@@ -60,6 +60,10 @@ IDLE_US = 1_000_000
 NOBODY_US = -(2**63)
 """Before any request comes."""
 
+MOST_LOOKS = 2_000
+"""How often instances may be asked what is new while a virtual clock stands still; where they are
+asked more often, all goes in circles."""
+
 STALL_S = 300.0
 """How long a process with a plan may say nothing before it counts as hung."""
 
@@ -108,6 +112,7 @@ class ExecutorAPI:
         self._board = StatusBoard(self.engines)
         self._intake = Intake(max_waiting, max_waiting_tokens)
         self._opens_us: int | None = None  # when requests that have come are let in
+        self._looked_at_us, self._looks = NOBODY_US, 0
         self._supervisor = Supervisor(self.engines, restart, stall_s)
         self._alarms: Alarms | None = None  # where every engine says when it has something to say
         if all(getattr(engine, "says_when", False) for engine in self.engines.values()):
@@ -478,6 +483,7 @@ class ExecutorAPI:
         self._free_orphaned(loop.kv_in_flight() if self._orphaned else ())
         while True:
             now_us = self._time.now_us()
+            self._check_progress(now_us)
             is_open = self._is_open(now_us)
             inputs = self._take(now_us if is_open else NOBODY_US)
             coming_us = self._intake.next_us if is_open else self._opens_us
@@ -522,6 +528,17 @@ class ExecutorAPI:
 
     def _living(self) -> list[Any]:
         return [self.engines[name] for name in self._board.live()]
+
+    def _check_progress(self, now_us: int) -> None:
+        """Raise ExecutorError where a virtual clock will never go on."""
+        if now_us != self._looked_at_us:
+            self._looked_at_us, self._looks = now_us, 0
+        self._looks += 1
+        if self._looks > MOST_LOOKS and isinstance(self.clock, VirtualClock):
+            raise ExecutorError(
+                f"the virtual clock stands at {now_us} us: what instances say makes them plan, "
+                "and what they plan takes no time"
+            )
 
     def _jump(self, times: list[int]) -> None:
         """Let a virtual clock jump to what happens next."""

@@ -269,8 +269,8 @@ def fit_of(points: Sequence[Point], straight: bool = False) -> Fit:
     rows, held = decodes[:, 3], decodes[:, 2]
     knots = _covered((0.0, 95.0), rows) if straight else _doublings(rows)
     decode, context_us = _curve(knots, rows, held, decodes[:, 4])
-    alone = Fit(prefill, pair_us, decode, context_us, shared_us=0.0)
-    return Fit(prefill, pair_us, decode, context_us, _shared_us(alone, points))
+    most = Fit(prefill, pair_us, decode, context_us, min(prefill.one(1), decode.one(1)))
+    return replace(most, shared_us=_shared_us(most, points))
 
 
 def _longer(fit: Fit, by_us: float) -> Fit:
@@ -291,17 +291,20 @@ def _columns(points: Sequence[Point], kind: str) -> Floats:
     return np.array(found, np.float64)
 
 
-def _shared_us(alone: Fit, points: Sequence[Point]) -> float:
-    """What a step of both phases saves against a step of each: the median of what was measured.
+def _shared_us(most: Fit, points: Sequence[Point]) -> float:
+    """What a step of both phases saves at most against a step of each.
 
-    At most what the cheaper phase takes for a token, so that a step of both takes as long as one
-    of each at least; where nothing was measured, what it takes with nothing to do.
+    Of what measured ones saved, that with which they are least off, relative to their times; but no
+    more than the cheaper phase takes for a token, so that a step of both takes as long as one of
+    each at least. Where nothing was measured, what the cheaper phase takes with nothing to do.
     """
-    most = min(alone.prefill.one(1), alone.decode.one(1))
-    saved = [alone.one(*point.step) - point.us for point in points if point.kind == "mixed"]
-    if not saved:
-        return min(alone.prefill.begin_us, alone.decode.begin_us)
-    return float(np.clip(np.median(saved), 0.0, most))
+    mixed = [point for point in points if point.kind == "mixed"]
+    if not mixed:
+        return min(most.prefill.begin_us, most.decode.begin_us)
+    apart = replace(most, shared_us=0.0)
+    saved = [apart.one(*point.step) - point.us for point in mixed]
+    tried = {min(max(us, 0.0), most.shared_us) for us in saved}
+    return min(tried, key=lambda us: (errors(replace(most, shared_us=us), mixed).mean(), us))
 
 
 def _doublings(counts: Floats) -> Knots:

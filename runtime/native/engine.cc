@@ -296,9 +296,11 @@ void SimEngine::Parts::preempt() {
 // What was here of requests, without KV, whose KV comes from where they were placed since.
 void SimEngine::Parts::forget_placed_elsewhere() {
     for (const Plan::Move &import : running.plan().imports) {
-        const Row *row = residents.find(running.request(import.row));
+        const i32 request = running.request(import.row);
+        gone[request] = false;
+        const Row *row = residents.find(request);
         if (row && !row->computed)
-            residents.drop(row->request());
+            residents.drop(request);
     }
 }
 

@@ -7,6 +7,12 @@
 
 namespace sagec {
 
+namespace {
+
+constexpr i64 MOST_LOOKS = 2'000; // while no time passes
+
+} // namespace
+
 Executor::Executor(const std::vector<Member> &members, const std::vector<EngineSpec> &specs,
                    const std::vector<Request> &requests, const std::vector<char> &refused,
                    Directory directory, std::shared_ptr<Network> network, Planner &planner,
@@ -46,6 +52,7 @@ void Executor::wait_for_inputs() {
     events_.clear();
     closes_ = false;
     for (;;) {
+        check_progress();
         const bool lets_in = is_open();
         if (lets_in)
             arrive();
@@ -115,6 +122,15 @@ void Executor::hear(i32 instance, std::vector<Event> &events) {
     for (const Event &event : said)
         meter_.hear(event);
     std::move(said.begin(), said.end(), std::back_inserter(events));
+}
+
+// Whether time will ever pass.
+void Executor::check_progress() {
+    if (now_us_ != looked_at_us_)
+        looks_ = 0;
+    looked_at_us_ = now_us_;
+    if (++looks_ > MOST_LOOKS)
+        throw NotCovered("instances that go in circles while no time passes");
 }
 
 // Let the clock jump to what happens next.

@@ -30,6 +30,7 @@ class Executor {
   private:
     void turn();
     void wait_for_inputs();
+    void check_progress();
     std::optional<i64> next_us() const;
     void arrive();
     bool is_open();
@@ -49,7 +50,7 @@ class Executor {
     std::size_t next_ = 0; // the request that comes next
     bool owes_close_ = true, closes_ = false;
     std::optional<i64> opens_us_; // when requests that have come are let in
-    i64 now_us_ = 0;
+    i64 now_us_ = 0, looked_at_us_ = -1, looks_ = 0;
     std::vector<i32> arrived_, owing_;
     std::vector<Event> events_;
 };

@@ -204,6 +204,15 @@ def test_a_step_of_both_phases_takes_both_less_what_they_share() -> None:
     assert both == pytest.approx(prefill + decode - 450.0)
 
 
+def test_tokens_of_both_phases_pass_through_the_weights_together() -> None:
+    """Where the prompts' curve has become steeper, decodes beside a chunk cost that, too."""
+    beside_few = FITTED.one_step_us(20 + 10, 210, 0, 10) - FITTED.one_step_us(20, 210, 0, 0)
+    beside_many = FITTED.one_step_us(100 + 60, 5050, 0, 60) - FITTED.one_step_us(100, 5050, 0, 0)
+    decode = FIT.decode.one
+    assert beside_few == pytest.approx(decode(10) - 450.0)
+    assert beside_many == pytest.approx(decode(60) + 60 * 12.5 - (800.0 + 60 * 2.0))
+
+
 def test_steps_of_both_phases_and_of_one_can_be_asked_together_with_single_numbers() -> None:
     columns = FITTED.step_us(np.array([1, 5, 300]), 900, 900, np.array([1, 5, 4]))
     assert columns.tolist() == [

@@ -263,6 +263,20 @@ def test_engines_that_will_never_speak_are_an_error_on_a_virtual_clock():
         list(api.serve([A], create("fifo"), DirectPlanner()))
 
 
+def test_engines_that_go_in_circles_are_an_error_on_a_virtual_clock():
+    class Restless(Echo):
+        def next_us(self):
+            return self._clock.now_us()
+
+        def poll(self, timeout_s=0.0):
+            return []
+
+    engines = {"x0": Restless(spec("x0"), VirtualClock())}
+    api = ExecutorAPI(engines, members(engines, ONE), VirtualClock())
+    with pytest.raises(ExecutorError, match="the virtual clock stands at 0 us"):
+        list(api.serve([A], create("fifo"), DirectPlanner()))
+
+
 def test_closing_closes_every_engine():
     closed = []
 

@@ -281,6 +281,35 @@ def test_kv_that_finds_no_room_waits_for_what_comes_next() -> None:
     assert {one.reason for one in ended} == {FinishReason.LENGTH} and len(ended) == 4
 
 
+BACK_AND_FORTH = """cluster c {
+  devices g0..g3 kind h100
+  links g0..g1 to g2..g3 bandwidth 100GB/s latency 0us
+  instances p0..p1 role prefill on g0..g1 engine sim kv_blocks 46 block 16 max_batch 2 budget 16
+  instances d0..d1 role decode on g2..g3 engine sim kv_blocks 46 block 16 max_batch 2
+}
+serve on c horizon 64 { request "any" tokens 1 generate 1 }
+"""
+
+
+def test_kv_is_awaited_where_its_request_has_been_before() -> None:
+    told = [
+        (20, None, 40_000),
+        (20, 40, 40_000),
+        (20, 120, 9_000),
+        (67, None, 9_000),
+        (60, None, 9_000),
+        (106, 40, 40_000),
+        (20, None, 0),
+    ]
+    requests = [
+        asked(number, prompt, max_output_tokens=output, arrival_us=arrival_us)
+        for number, (prompt, output, arrival_us) in enumerate(told)
+    ]
+    ended = alike(BACK_AND_FORTH, requests).ended
+    assert any(one.report.preemptions for one in ended)
+    assert {one.reason for one in ended} == {FinishReason.LENGTH} and len(ended) == 7
+
+
 RESHARDED = """cluster c {
   devices g0..g2 kind h100
   links g0 to g1..g2 bandwidth 1GB/s latency 5us

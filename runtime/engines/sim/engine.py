@@ -340,6 +340,7 @@ class SimEngine:
         self._free_at_us = max(self._free_at_us, self._clock.now_us()) + self._options.round_us
         self._preempt(plan)
         for request_id in running.imports:  # what it was here before it was placed elsewhere
+            self._gone.pop(request_id, None)
             row = self._residents.rows.get(request_id)
             if row is not None and (row.swapped or not row.computed):
                 self._residents.drop(request_id)
