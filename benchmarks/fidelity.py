@@ -8,7 +8,9 @@ with that profile: steps in one process have been 10% faster than in the next, a
 One instance is in the loop's own process; a prefill and a decode instance are in processes of their
 own (`sagec run`). The error of a quantile is (simulated - real) / real, the median of the turns. As
 in the profile, time in which the one process wanted a processor that others had does not count.
-What steps took against the profile is said beside.
+What steps took against the profile is said beside. They do not take the same all day, so a case in
+this process is simulated once more with the profile's steps so much longer, all by one factor, as
+the case's steps took in sum: what is left of the error then is not the machine's speed.
 """
 
 from __future__ import annotations
@@ -87,7 +89,10 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Error:
-    """A quantile of a figure on the engine, simulated, and how far they are from each other."""
+    """A quantile of a figure on the engine, simulated, and how far they are from each other.
+
+    paced: the error where steps are simulated at the speed that they had; None: it is not known.
+    """
 
     instances: str
     mode: str
@@ -96,6 +101,7 @@ class Error:
     real_ms: float
     simulated_ms: float
     error: float
+    paced: float | None
 
 
 def workload(rate_per_s: float, count: int, seed: int = 5) -> str:
@@ -185,10 +191,17 @@ class Steps:
         """ratios: where they are noted."""
         self._fit, self._ratios = fit, ratios
         self._tokens: dict[str, int] = {}
+        self._took_us = self._expected_us = 0.0
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Another run, of these requests."""
         self._tokens = {request.id: len(request.prompt) for request in requests}
+        self._took_us = self._expected_us = 0.0
+
+    @property
+    def pace(self) -> float:
+        """What the steps of the run took in sum, of what the profile says."""
+        return self._took_us / self._expected_us
 
     def hear(self, said: object) -> None:
         """Listen."""
@@ -199,7 +212,10 @@ class Steps:
         tokens = sum(e - b for _, b, e in said.chunks) + len(said.decodes)
         kind = "mixed" if said.chunks and said.decodes else "prefill" if said.chunks else "decode"
         expected_us = self._fit.one(tokens, pairs + held, held, len(said.decodes))
-        self._ratios.setdefault(kind, []).append((said.end_us - said.begin_us) / expected_us)
+        took_us = said.end_us - said.begin_us
+        self._ratios.setdefault(kind, []).append(took_us / expected_us)
+        self._took_us += took_us
+        self._expected_us += expected_us
         for name, _, _ in said.tokens:
             self._tokens[name] += 1
 
@@ -261,49 +277,78 @@ def profiled(module: ModuleOp, placed: Placed, engine: Engine, repeats: int) -> 
     return Profile(placed.engine, kind, shape, points, **asdict(times))
 
 
-Pairs = dict[Case, tuple[Figures, Figures]]
-"""Of each case, what the engine and what the simulation gave."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the engine gave for a case, what the simulation, and what the simulation at the pace
+    that the engine's steps had, where that is known."""
+
+    real: Figures
+    simulated: Figures
+    paced: Figures | None = None
 
 
-def turn(folder: Path, cases: Sequence[Case], count: int, repeats: int, ratios: Ratios) -> Pairs:
+Turn = dict[Case, Outcome]
+
+
+def slower(found: Profile, factor: float) -> Profile:
+    """The profile of an engine whose steps take so many times as long."""
+    points = [replace(point, us=point.us * factor) for point in found.points]
+    return replace(found, points=tuple(points))
+
+
+def turn(folder: Path, cases: Sequence[Case], count: int, repeats: int, ratios: Ratios) -> Turn:
     """Measure an engine, serve every case on it, and simulate them with what was measured."""
     module, placed, engine = made(folder)
     measured = folder / "here.json"
+    served: dict[Case, tuple[Figures, float | None]] = {}
     try:
         found = profiled(module, placed, engine, repeats)
         measured.write_text(profile.to_text(found), "utf-8")
         setattr(engine, "_clock", Undisturbed())  # noqa: B010  from here on the loop's
         files = {case: written(folder, case, measured, count) for case in cases}
         steps = Steps(profile.fit_of(found.points), ratios)
-        served = {
-            case: served_here(file, engine, steps) if case[0] == "one" else served_apart(file)
-            for case, file in files.items()
-        }
+        for case, file in files.items():
+            if case[0] == "one":
+                served[case] = served_here(file, engine, steps), steps.pace
+            else:
+                served[case] = served_apart(file), None
     finally:
         engine.close()
-    return {case: (served[case], simulated(file)) for case, file in files.items()}
+    outcomes = {case: Outcome(served[case][0], simulated(file)) for case, file in files.items()}
+    for case, (_, pace) in served.items():
+        if pace is not None:
+            measured.write_text(profile.to_text(slower(found, pace)), "utf-8")
+            outcomes[case] = replace(outcomes[case], paced=simulated(files[case]))
+    return outcomes
 
 
-def errors(turns: Sequence[Pairs]) -> list[Error]:
+def errors(turns: Sequence[Turn]) -> list[Error]:
     """The median of the turns, each with its own profile, by case and figure."""
     found = []
-    for case, (figures, _) in turns[0].items():
-        for name in figures:
-            pairs = [(one[case][0][name], one[case][1][name]) for one in turns]
+    for case, outcome in turns[0].items():
+        for name in outcome.real:
+            pairs = [(one[case].real[name], one[case].simulated[name]) for one in turns]
             real, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
             error = statistics.median((ours - real) / real for real, ours in pairs)
-            found.append(Error(*case, name, real, ours, error))
+            paces = [(one[case].paced, one[case].real[name]) for one in turns]
+            paced = [(ours[name] - real) / real for ours, real in paces if ours is not None]
+            found.append(
+                Error(*case, name, real, ours, error, statistics.median(paced) if paced else None)
+            )
     return found
 
 
 def report(found: Sequence[Error], ratios: Ratios) -> str:
     """The table, and below it the medians of the errors."""
     rows: list[list[object]] = [
-        [e.instances, e.mode, e.load, e.figure, e.real_ms, e.simulated_ms, f"{e.error:+.1%}"]
+        [
+            *(e.instances, e.mode, e.load, e.figure, e.real_ms, e.simulated_ms, f"{e.error:+.1%}"),
+            "" if e.paced is None else f"{e.paced:+.1%}",
+        ]
         for e in found
     ]
     worst = max(found, key=lambda error: abs(error.error))
-    heads = ["instances", "mode", "load", "figure", "engine ms", "simulated ms", "error"]
+    heads = ["on", "mode", "load", "figure", "real ms", "sim ms", "error", "paced"]
     took = [f"{kind} {statistics.median(of):.3f}" for kind, of in sorted(ratios.items())]
     where = f"{worst.instances}, {worst.mode}, {worst.load}, {worst.figure}"
     return (
@@ -311,6 +356,7 @@ def report(found: Sequence[Error], ratios: Ratios) -> str:
         f"{tables.machine_line(tables.machine())} A vocabulary of {VOCAB}.\n\n"
         f"{tables.table_of(heads, rows)}\n\n"
         f"Median error {_median(found)}; {_medians(found)}; worst {worst.error:+.1%} ({where}). "
+        f"Paced, as the steps of each case were: {_median_paced(found)}. "
         f"Steps took, of what the profile says (median): {', '.join(took) or 'none'}.\n"
     )
 
@@ -327,6 +373,11 @@ def _median(found: Sequence[Error]) -> str:
     return f"{statistics.median(abs(error.error) for error in found):.1%}"
 
 
+def _median_paced(found: Sequence[Error]) -> str:
+    paced = [abs(error.paced) for error in found if error.paced is not None]
+    return f"{statistics.median(paced):.1%}" if paced else "not measured"
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
@@ -337,7 +388,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for fidelity.json and fidelity.md")
     args = parser.parse_args()
     cases = [case for case in CASES if args.instances in (None, case[0])]
-    turns, ratios = [], Ratios()
+    turns: list[Turn] = []
+    ratios: Ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"))
         for number in range(args.turns):
