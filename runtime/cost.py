@@ -136,29 +136,26 @@ class Fit:
         prompts = tokens - decodes
         if not np.any(prompts > 0):
             return np.asarray(self.decode.each(tokens) + self.context_us * context)
-        prefill = self.prefill.each(np.maximum(prompts, 0)) + self.pair_us * (pairs - context)
-        if not np.any(decodes > 0):
+        alone = self.prefill.each(np.maximum(prompts, 0))
+        prefill = alone + self.pair_us * (pairs - context)
+        if np.all(prompts > 0) and not np.any(decodes > 0):
             return prefill
         decode = self.decode.each(decodes) + self.context_us * context
-        both = prefill + decode - self._saved_us(tokens, np.maximum(prompts, 0), decodes)
+        saved = alone + self.prefill.each(decodes) - self.prefill.each(tokens)
+        both = prefill + decode - np.clip(saved, 0.0, self.shared_us)
         return np.where(prompts <= 0, decode, np.where(decodes <= 0, prefill, both))
 
     def one(self, tokens: float, pairs: float, context: float, decodes: float) -> float:
         """`each` of plain numbers, to the same bit."""
         if tokens <= decodes:
             return self.decode.one(tokens) + self.context_us * context
-        prefill = self.prefill.one(tokens - decodes) + self.pair_us * (pairs - context)
+        alone = self.prefill.one(tokens - decodes)
+        prefill = alone + self.pair_us * (pairs - context)
         if decodes <= 0:
             return prefill
         decode = self.decode.one(decodes) + self.context_us * context
-        begun = self.prefill.one(tokens - decodes) + self.prefill.one(decodes)
-        saved = begun - self.prefill.one(tokens)
+        saved = alone + self.prefill.one(decodes) - self.prefill.one(tokens)
         return prefill + decode - min(max(saved, 0.0), self.shared_us)
-
-    def _saved_us(self, tokens: Floats, prompts: Floats, decodes: Floats) -> Floats:
-        """What steps of both phases save against two steps."""
-        begun = self.prefill.each(prompts) + self.prefill.each(decodes)
-        return np.clip(begun - self.prefill.each(tokens), 0.0, self.shared_us)
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,8 @@ class ExecutorAPI:
         self._opens_us: int | None = None  # when requests that have come are let in
         self._looked_at_us, self._looks = NOBODY_US, 0
         self._supervisor = Supervisor(self.engines, restart, stall_s)
-        self._alarms: Alarms | None = None  # where every engine says when it has something to say
-        if all(getattr(engine, "says_when", False) for engine in self.engines.values()):
-            self._alarms = Alarms(self.engines)
-        shared = [getattr(engine, "shared", None) for engine in self.engines.values()]
-        self._sharing: list[Any] = list({id(s): s for s in shared if s is not None}.values())
+        self._alarms = _alarms_of(self.engines)
+        self._sharing = _shared_by(self.engines)
         self._orphaned: list[int] = []  # pids of dead engines whose KV is still to be freed
         self._loop: Loop | None = None
         self._serving = False
@@ -556,6 +553,19 @@ class ExecutorAPI:
         if not times:
             raise ExecutorError("no engine will ever say anything, and no request will come")
         self.clock.advance_to(min(times))
+
+
+def _alarms_of(engines: Mapping[str, Engine]) -> Alarms | None:
+    """Where every engine says when it has something to say; else None."""
+    if all(getattr(engine, "says_when", False) for engine in engines.values()):
+        return Alarms(engines)
+    return None
+
+
+def _shared_by(engines: Mapping[str, Engine]) -> list[Any]:
+    """What several of the engines share, each once."""
+    shared = [getattr(engine, "shared", None) for engine in engines.values()]
+    return list({id(one): one for one in shared if one is not None}.values())
 
 
 def _standing_still() -> float:

@@ -269,8 +269,8 @@ def fit_of(points: Sequence[Point], straight: bool = False) -> Fit:
     rows, held = decodes[:, 3], decodes[:, 2]
     knots = _covered((0.0, 95.0), rows) if straight else _doublings(rows)
     decode, context_us = _curve(knots, rows, held, decodes[:, 4])
-    most = Fit(prefill, pair_us, decode, context_us, min(prefill.one(1), decode.one(1)))
-    return replace(most, shared_us=_shared_us(most, points))
+    apart = Fit(prefill, pair_us, decode, context_us, shared_us=0.0)
+    return replace(apart, shared_us=_shared_us(apart, points))
 
 
 def _longer(fit: Fit, by_us: float) -> Fit:
@@ -291,8 +291,8 @@ def _columns(points: Sequence[Point], kind: str) -> Floats:
     return np.array(found, np.float64)
 
 
-def _shared_us(most: Fit, points: Sequence[Point]) -> float:
-    """What a step of both phases saves at most against a step of each.
+def _shared_us(apart: Fit, points: Sequence[Point]) -> float:
+    """What a step of both phases saves at most against a step of each, of which the fit is.
 
     Of what measured ones saved, that with which they are least off, relative to their times; but no
     more than the cheaper phase takes for a token, so that a step of both takes as long as one of
@@ -300,11 +300,18 @@ def _shared_us(most: Fit, points: Sequence[Point]) -> float:
     """
     mixed = [point for point in points if point.kind == "mixed"]
     if not mixed:
-        return min(most.prefill.begin_us, most.decode.begin_us)
-    apart = replace(most, shared_us=0.0)
-    saved = [apart.one(*point.step) - point.us for point in mixed]
-    tried = {min(max(us, 0.0), most.shared_us) for us in saved}
-    return min(tried, key=lambda us: (errors(replace(most, shared_us=us), mixed).mean(), us))
+        return min(apart.prefill.begin_us, apart.decode.begin_us)
+    steps = np.array([point.step for point in mixed], np.float64).T
+    us = np.array([point.us for point in mixed])
+
+    def off(shared_us: float) -> float:
+        return float(abs(replace(apart, shared_us=shared_us).each(*steps) / us - 1).mean())
+
+    most_us = min(apart.prefill.one(1), apart.decode.one(1))
+    tried: set[float] = {
+        min(max(saved, 0.0), most_us) for saved in (apart.each(*steps) - us).tolist()
+    }
+    return min(tried, key=lambda shared_us: (off(shared_us), shared_us))
 
 
 def _doublings(counts: Floats) -> Knots:

@@ -459,19 +459,25 @@ def kv_that_is_wrong_but_signed_changes_the_tokens() -> None:
         assert b.counters["imports"] == 1
 
 
+def staged_without_room(a: Driven, b: Driven) -> tuple[Session, Session, bytes]:
+    """A request that begins on b, which has 8 blocks, with KV of a; who fills b; and that KV."""
+    prompt = text(100, seed=5)
+    blob, first = a.prefill(prompt)
+    filler = b.submit(text(60, seed=6), 8)
+    b.serve(whole, steps=3)
+    session = b.expect(prompt, 6, given=first)
+    b.stage(session, blob)
+    b.start(session)
+    return session, filler, blob
+
+
 def a_blob_with_no_room_or_too_long_means_an_ordinary_prefill() -> None:
     with driven() as a, driven(kv_blocks=8) as b:
-        prompt = text(100, seed=5)
-        blob, first = a.prefill(prompt)
-        filler = b.submit(text(60, seed=6), 8)
-        b.serve(whole, steps=3)
-        session = b.expect(prompt, 6, given=first)
-        b.stage(session, blob)
-        b.start(session)
+        session, filler, blob = staged_without_room(a, b)
         b.serve(lambda question: sorted(whole(question), key=lambda item: item[0] != filler.id))
         exact(filler, session)
         assert [event.why for event in b.of(NotImported)] == [abi.NO_ROOM]
-        shorter = b.expect(prompt[:50], 6)
+        shorter = b.expect(session.prompt[:50], 6)
         b.stage(shorter, blob)
         b.start(shorter)
         b.serve(whole)
@@ -481,13 +487,7 @@ def a_blob_with_no_room_or_too_long_means_an_ordinary_prefill() -> None:
 
 def kv_without_room_is_not_asked_for_again_when_its_prompt_is_computed_and_lost() -> None:
     with driven() as a, driven(kv_blocks=8, prefix_cache=True) as b:
-        prompt = text(100, seed=5)
-        blob, first = a.prefill(prompt)
-        filler = b.submit(text(60, seed=6), 8)
-        b.serve(whole, steps=3)
-        session = b.expect(prompt, 6, given=first)
-        b.stage(session, blob)
-        b.start(session)
+        session, filler, _ = staged_without_room(a, b)
         b.hold_until(lambda question: session.id in [row.session for row in question.rows])
         b.serve(lambda question: [(session.id, 16)], steps=1)
         b.serve(only(filler.id), [filler])

@@ -47,11 +47,11 @@ double Curve::one(double count) const {
 double Fit::one(double tokens, double pairs, double context_tokens, double decodes) const {
     if (tokens <= decodes)
         return decode.one(tokens) + context_us * context_tokens;
-    const double prompts_us = prefill.one(tokens - decodes);
-    const double prompts = prompts_us + pair_us * (pairs - context_tokens);
+    const double alone = prefill.one(tokens - decodes);
+    const double prompts = alone + pair_us * (pairs - context_tokens);
     if (decodes <= 0)
         return prompts;
-    const double saved = prompts_us + prefill.one(decodes) - prefill.one(tokens);
+    const double saved = alone + prefill.one(decodes) - prefill.one(tokens);
     return prompts + (decode.one(decodes) + context_us * context_tokens) -
            std::min(std::max(saved, 0.0), shared_us);
 }

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sagec.runtime.cost import (
@@ -166,6 +166,7 @@ def steps(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return prompts + decodes, pairs + context, context, decodes
 
 
+@example(FITTED, [(0, 0, 0, 0), (1, 0, 0, 0)])  # nothing at all, beside a prompt
 @given(st.sampled_from([HEAD, EXPERTS, FITTED]), st.lists(steps(), min_size=1, max_size=5))
 def test_a_cost_says_the_same_of_one_step_and_of_many_to_the_bit(
     cost: StepCost, some: list[tuple[int, int, int, int]]

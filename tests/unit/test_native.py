@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from sagec.passes.errors import PassError
 from sagec.planner import DirectFirstPlanner, planner_of
 from sagec.runtime import native
 from sagec.runtime.compiled import Unbuilt
+from sagec.runtime.cost import Curve, Fit
 from sagec.runtime.engines.sim.outages import Outage
 from sagec.runtime.native.library import Run
+from sagec.runtime.profile import Point, Profile, Shape, to_text
 from sagec.runtime.request import FinishReason, Request
 from sagec.runtime.strategies import create
 from sagec.simulation import Simulated, simulate
@@ -176,6 +179,32 @@ def test_both_cores_say_the_same_of_any_run(cluster: str, requests: list[Request
 @given(cluster=clusters(), requests=workloads())
 def test_both_cores_say_the_same_of_very_many_runs(cluster: str, requests: list[Request]) -> None:
     compare(cluster, requests)
+
+
+STEPS = (
+    *(Point(1.0, prompts=1, chunk_tokens=tokens) for tokens in (4, 16, 64, 128, 256)),
+    *(Point(1.0, decodes=batch, context_tokens=80) for batch in (1, 4, 16, 64)),
+    *(Point(1.0, 1, tokens, 0, batch, 80) for tokens in (8, 128) for batch in (2, 32)),
+)
+
+
+@pytest.mark.parametrize("slopes", [(3.0, 200.0), (60.0, 3.0)], ids=["steeper", "flatter"])
+def test_both_cores_count_with_a_profile_to_the_same_bit(
+    slopes: tuple[float, float], tmp_path: Path
+) -> None:
+    """Steps of both phases too, which save what the curve of prompts says, or no more than most."""
+    decode = Curve(700.0, (0.0, 16.0), (12.0, 40.0))
+    law = Fit(Curve(900.0, (0.0, 64.0), slopes), 0.02, decode, 0.3, 700.0)
+    points = tuple(replace(step, us=law.one(*step.step)) for step in STEPS)
+    model = Shape(4, 512, 8, 4, 64, 1024, 1000, "bf16")
+    path = tmp_path / "made.json"
+    path.write_text(to_text(Profile("sim", "h100", model, points, turn_us=30.0, round_us=200.0)))
+    cluster = PLENTY.replace("kind h100", f'kind h100 profile "{path}"')
+    requests = [
+        asked(n, 40 + 40 * (n % 4), max_output_tokens=30, arrival_us=300 * n) for n in range(48)
+    ]
+    reports = alike(cluster, requests).reports
+    assert {one.reason for one in reports} == {FinishReason.LENGTH}
 
 
 def recorded(trace: str, limit: int, rate: float, blocks: bool) -> list[Request]:
